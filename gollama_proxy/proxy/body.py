@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
+from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_LENGTH, EXPECT
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 from aiohttp.web_request import BaseRequest
@@ -93,7 +94,7 @@ class Body:
         self._unpacker: Unpacker | None = None
         self._unpacked: Iterator[bytes] | None = None  # from the last piece received
         self.endpoint = endpoint
-        length = request.headers.get("Content-Length")
+        length = request.headers.get(CONTENT_LENGTH)
         self.length = None if length is None else int(length)
         self._content = request.content
         self._limit = config.limits.body
@@ -106,8 +107,8 @@ class Body:
             self._scanner = FormScanner(boundary)
             self._found = self._scanner.found
             self.content_type = content_type_of(boundary)
-        if "Content-Encoding" in request.headers:
-            coding = coding_of(request.headers.getall("Content-Encoding"))
+        if CONTENT_ENCODING in request.headers:
+            coding = coding_of(request.headers.getall(CONTENT_ENCODING))
             if coding:
                 self._unpacker = _unpacker_of(coding)
                 self.length = None  # of the decompressed body, not known yet
@@ -182,8 +183,8 @@ class Body:
             self.answers = answers
         if wanted.model is not UNSET:
             self.model = wanted.model
-        if wanted.stream is True:
-            self.stream = True
+        if wanted.stream is not UNSET:
+            self.stream = bytes(wanted.stream) == b"true"
         if wanted.messages is not UNSET:
             self.converses = True
         return True
@@ -325,7 +326,7 @@ class Body:
 
     def _take(self, piece: bytes, *, ended: bool) -> bytes:
         """Count a piece and scan it."""
-        if not self.size and (self._opening or piece[:1] == _BOM[:1]):
+        if not self.size and (self._opening or (piece and piece[0] == _BOM[0])):
             piece = self._without_bom(piece, ended)
         self.size += len(piece)
         if self.size > self._limit:
@@ -399,7 +400,7 @@ def answer_expectation(request: BaseRequest) -> None:
     Raises:
         RequestError: 417, it expects something else (RFC 9110, 10.1.1).
     """
-    expected = request.headers.get("Expect")
+    expected = request.headers.get(EXPECT)
     if expected is None or request.version < (1, 1):
         return
     if expected.lower() != "100-continue":

@@ -18,6 +18,8 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
+from aiohttp.hdrs import EXPECT
+
 from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.quotas import Quotas
@@ -309,7 +311,7 @@ class Proxy(Running):
         ):
             self._charges.take_quota(x, caller)
         x.body = body = Body(request, endpoint, config)
-        if "Expect" in request.headers:
+        if EXPECT in request.headers:
             answer_expectation(request)
         if not body.take():
             await body.read(config.limits.replay_window)

@@ -120,11 +120,11 @@ def first_model(held: bytes) -> str | None:
     if at < 0:
         return None
     end = held.find(b'"', at + 9)
-    if held.startswith(b':"', at + 7) and at + 9 < end <= at + 9 + 4096:
+    if held[at + 7 : at + 9] == b':"' and at + 9 < end <= at + 9 + 4096:
         name = held[at + 9 : end]  # a plain one, as nearly always
-        if b"\\" not in name and name.isascii():
+        if name.isascii():
             text = name.decode()
-            if text.isprintable():
+            if text.isprintable() and "\\" not in text:
                 return text
     found = _MODEL.search(held, at)
     if found is None:

@@ -29,7 +29,6 @@ import codecs
 import enum
 import re
 from itertools import compress
-from operator import is_not
 from typing import Annotated, NamedTuple, assert_never
 
 import msgspec
@@ -428,24 +427,25 @@ class Wanted(msgspec.Struct, gc=False):
     n: _Raw = msgspec.UNSET
     n_cmpl: _Raw = msgspec.UNSET
     n_predict: _Raw = msgspec.UNSET
-    stream: bool | msgspec.UnsetType | None = msgspec.UNSET
+    stream: _Raw = msgspec.UNSET
     stream_options: _Raw = msgspec.UNSET
     tokens: _Raw = msgspec.UNSET
 
     def __repr__(self) -> str:  # without the client's text
-        return f"<Wanted stream={self.stream}>"
+        unset = _values_of(self).count(msgspec.UNSET)
+        return f"<Wanted, {len(WANTED) - unset} fields>"
 
 
 assert {*Wanted.__struct_fields__} == WANTED
 _wanted = msgspec.json.Decoder(Wanted)
 _KEYS = [b'"%b"' % name.encode() for name in Wanted.__struct_fields__]
-_UNSET = [msgspec.UNSET] * len(_KEYS)
 _LONG = 2048  # bytes from which searching a body takes longer than copying the rest
 _values_of = msgspec.structs.astuple
 # The letters of the wanted keys are a to z and the underscore.
 _ESCAPED_LETTER = re.compile(rb"\\u00[5-7]")
 _MESSAGES_FIELD = re.compile(rb'"messages"[ \t\r\n]*+:[ \t\r\n]*+')
 _MODEL_FIELD = re.compile(rb'"model"[ \t\r\n]*+:[ \t\r\n]*+(null|"(?:[^"\\]++|\\.)*+")')
+_STREAM = (b"true", b"false", b"null")
 _LONGEST_NAME = MAX_TOKEN // 6  # characters; an escaped one takes six bytes
 
 
@@ -471,11 +471,13 @@ def read_whole(body: bytes) -> Wanted | None:
         return None
     if body.find(b"\\u00") >= 0 and _ESCAPED_LETTER.search(body):
         return None  # an escaped key could hide a second one
-    for key in compress(_KEYS, map(is_not, _values_of(wanted), _UNSET)):
+    for key in compress(_KEYS, _values_of(wanted)):  # UNSET is false
         if body.count(key) != 1:
             return None
     model = wanted.model
-    if isinstance(model, str) and len(model) > _LONGEST_NAME:
+    if model is not msgspec.UNSET and not (model and len(model) <= _LONGEST_NAME):
+        return None
+    if wanted.stream is not msgspec.UNSET and bytes(wanted.stream) not in _STREAM:
         return None
     return wanted
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -131,18 +130,19 @@ def read_head(
     if method == "CONNECT":
         text = "CONNECT is not supported: this is not a tunnel."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
+    size = 4 * len(headers)  # with ": " and CRLF
     last, ids = False, []
     forwarded: list[tuple[bytes, bytes]] = []
     named = b""  # in `Connection`: of one hop only (RFC 9110, 7.6.1)
-    for field in headers:
-        name, value = field
+    for name, value in headers:
+        size += len(name) + len(value)
         lowered = name.lower()
         if lowered not in _READ:
             continue
         if lowered in FORWARDED:
-            forwarded.append(field)
+            forwarded.append((name, value))
         elif lowered == b"host":
-            if not _HOST.fullmatch(value):  # RFC 9112, 3.2
+            if not _is_host(value):  # RFC 9112, 3.2
                 text = "Host is not a name or an address, with or without a port."
                 raise RequestError(Code.BAD_REQUEST, text)
         elif lowered == b"connection":
@@ -152,19 +152,33 @@ def read_head(
         else:
             _check_field(name, value, version)
             last = last or lowered in _LAST
-    # With ": " and CRLF
-    if sum(map(len, chain.from_iterable(headers))) + 4 * len(headers) > limit:
+    if size > limit:
         text = f"The request head is larger than {limit} bytes."
         raise RequestError(Code.HEAD_TOO_LARGE, text)
     lines = b""
     traces: list[tuple[bytes, bytes]] = []
     for name, value in forwarded:
-        if _FIELD_VALUE.fullmatch(value) and not (named and _names(named, name)):
-            lines += b"%b: %b\r\n" % (name, value)
+        line = _line(name, value)
+        if line and not (named and _names(named, name)):
+            lines += line
             if name.lower() in _TRACES:
                 traces.append((name.lower(), value))
     trace = _trace_context(traces) if traces else None
     return Head(last, _harmless_id(ids) if ids else "", lines, trace)
+
+
+# The same clients send the same few values again and again.
+
+
+@functools.lru_cache(maxsize=64)
+def _is_host(value: bytes) -> bool:
+    return _HOST.fullmatch(value) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def _line(name: bytes, value: bytes) -> bytes:
+    """Write a header line for a worker; empty if no worker should get the value."""
+    return b"%b: %b\r\n" % (name, value) if _FIELD_VALUE.fullmatch(value) else b""
 
 
 def _names(named: bytes, name: bytes) -> bool:

@@ -93,7 +93,7 @@ def _check_wanted(data: bytes, wanted: Wanted) -> None:
     found = {name: each for name, each in values.items() if each is not msgspec.UNSET}
     assert found.keys() == parsed.keys() & fields.WANTED
     for name, value in found.items():
-        if name in ("model", "stream"):
+        if name == "model":
             assert value == parsed[name]
         else:
             _compare(name, fields.classify(bytes(value), 0), parsed[name])
