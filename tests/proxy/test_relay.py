@@ -693,9 +693,9 @@ async def test_a_client_is_not_given_up_because_the_event_loop_was_held_up() -> 
     stage = Stage()
     stage.stream(role())
     stage.sink.buffered = WRITE_BUFFER + 1
-    running = asyncio.create_task(stage.run(write_timeout=0.5))
+    running = asyncio.create_task(stage.run(write_timeout=0.05))
     await steps()
-    time.sleep(0.7)  # noqa: ASYNC251 (no callback runs meanwhile)
+    time.sleep(0.25)  # noqa: ASYNC251 (no callback runs meanwhile)
     asyncio.get_running_loop().call_later(0.001, stage.sink.room.set)
     stage.parts(done())
     stage.relay.answer_ended()

@@ -654,6 +654,7 @@ async def test_no_text_of_a_conversation_is_logged(
             worker,
             limits__body=32_768,
             timeouts__body=0.5,
+            retry__patience=0.1,
             models__default_model="tiny",
             # The worker stays in use in spite of its faults.
             breaker__busy_max=0,

@@ -325,7 +325,7 @@ def test_the_page_is_the_one_that_the_library_would_have_made(
     monkeypatch.setattr("gollama_proxy.telemetry.metrics.MOST_PAIRS", 50)
     rng, expected, metrics = random.Random(seed), ByLibrary(), RequestMetrics()
     metrics.models.most = metrics.subjects.most = SOME
-    for _ in range(seed * 300):
+    for _ in range(seed * 120):
         record = some_record(rng)
         metrics.observe(record)
         expected.observe(record)
