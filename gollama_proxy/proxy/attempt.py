@@ -113,7 +113,7 @@ async def send(
             x.enter(_CONNECTING)
             connection = await connections.dial()
         stale = connection.used > 0
-        relay = Relay(x.worker, connection, lease, x.endpoint, clock)
+        relay = Relay(connection, lease, x.endpoint)
         x.relay, x.waiting_since = relay, clock()
         x.enter(_WAITING)
         connection.start(relay, data)

@@ -31,6 +31,7 @@ from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.headers import read_answer_head
 from gollama_proxy.wire.resume import MOST_WORDS, Transcript
 from gollama_proxy.wire.schema import Ending, Endpoint, EventError
+from gollama_proxy.wire.sse import LF
 
 # Bytes that are held until the first event is complete; more are passed on as they are.
 HOLD_LIMIT = 256 << 10
@@ -65,7 +66,6 @@ class Relay:
         "_tally",
         "_transcript",
         "_wakeup",
-        "_worker",
         "_write",
         "body_received",
         "bytes",
@@ -83,11 +83,9 @@ class Relay:
 
     def __init__(
         self,
-        worker: str,
         connection: Connection,
         lease: Lease,
         endpoint: Endpoint,
-        clock: Callable[[], float],
     ) -> None:
         self.status = 0
         self.content_type = b""
@@ -100,12 +98,11 @@ class Relay:
         self.events = 0
         self.body_received: Callable[[bytes], None] = self._hold
         self.chunk_received: Callable[[bytes, int], None] = self._hold_chunk
-        self._worker = worker
         self.connection = connection
         self._lease = lease
         self._endpoint = endpoint
         self._ending = endpoint.ending
-        self._clock = clock
+        self._clock = lease.worker.clock
         self._held: list[bytes] = []
         self._held_size = 0  # bytes
         self._gatherer: sse.Gatherer | None = None
@@ -126,7 +123,7 @@ class Relay:
     def __repr__(self) -> str:
         phase = self.body_received.__name__.strip("_")
         return (
-            f"<Relay from {self._worker} {phase} status={self.status} "
+            f"<Relay from {self._lease.worker.name} {phase} status={self.status} "
             f"bytes={self.bytes}{' blocked' if self._blocked else ''}>"
         )
 
@@ -275,7 +272,7 @@ class Relay:
         self._stall("the worker is down")
 
     def _stall(self, reason: str) -> None:
-        text = f"Worker {self._worker} stopped in the middle of its answer."
+        text = f"Worker {self._lease.worker.name} stopped in the middle of its answer."
         self.fail(WorkerError(Code.WORKER_SLOW, text, detail=reason))
 
     async def _drain(
@@ -328,7 +325,9 @@ class Relay:
         return streams and self._ending is not Ending.BODY
 
     def _incomplete(self) -> WorkerError:
-        text = f"Worker {self._worker} ended the answer before it was complete."
+        text = (
+            f"Worker {self._lease.worker.name} ended the answer before it was complete."
+        )
         return WorkerError(Code.WORKER_INCOMPLETE, text)
 
     @property
@@ -415,7 +414,7 @@ class Relay:
         kept = self._transcript
         if chunk.endswith(kept.foot) and chunk.startswith(kept.head, start):
             word = chunk[start + kept.before : kept.behind]
-            if kept.chunks or b"\n" in word or len(chunk) - start < kept.least:
+            if kept.chunks or LF in word or len(chunk) - start < kept.least:
                 kept.add(chunk)
             else:  # nearly always
                 kept.words.append(word)
@@ -453,7 +452,7 @@ class Relay:
         self.bytes -= len(data)
         if begin:
             self._forward(before)
-        text = f"Worker {self._worker} ended the answer with an error"
+        text = f"Worker {self._lease.worker.name} ended the answer with an error"
         if error.message:
             text += f": {error.message[:MOST_MESSAGE]}"
         self.fail(WorkerError(Code.WORKER_INCOMPLETE, text, detail="it sent an error"))
@@ -486,10 +485,10 @@ class Relay:
 
     def answer_lost(self, reason: str, *, malformed: bool) -> None:
         code = Code.WORKER_LOST
-        text = f"The connection to worker {self._worker} was lost."
+        text = f"The connection to worker {self._lease.worker.name} was lost."
         if malformed:
             code = Code.WORKER_PROTOCOL
-            text = f"Worker {self._worker} sent something that is not HTTP."
+            text = f"Worker {self._lease.worker.name} sent something that is not HTTP."
         self.fail(WorkerError(code, text, detail=reason))
 
     def _wake(self) -> None:

@@ -70,9 +70,10 @@ class Stream:
         self.begun = False  # its head has been sent, so the status is final
         self.fed = False  # a part of the answer has been sent
         self._x = x
-        self._filters: list[Filter] = []
-        if x.names is not None:
-            self._filters.append(Renamer(*x.names))
+        names = x.names
+        self._filters: tuple[Filter, ...] = ()
+        if names is not None:
+            self._filters = (Renamer(*names),)
         self._hider: UsageHider | None = None  # the first of the filters
         self._relay: Relay | None = None  # the first one, whose bytes the client gets
         self._framed = False  # the client can see where the body ends
@@ -85,7 +86,7 @@ class Stream:
         """Remove the usage that only the hub requested; call this before `open`."""
         if self._hider is None:  # not twice, when an answer continues elsewhere
             self._hider = UsageHider()
-            self._filters.insert(0, self._hider)
+            self._filters = (self._hider, *self._filters)
 
     def withdraw(self) -> bytes:
         """Drop and return an incomplete event that may have been usage.
@@ -118,7 +119,7 @@ class Stream:
             self._relay, self.fed = relay, True
             endpoint = self._x.endpoint
             if relay.is_event_stream and endpoint.ending is Ending.NAMED:
-                self._filters.append(ErrorReshaper(endpoint.api))
+                self._filters += (ErrorReshaper(endpoint.api),)
         if not self._filters:
             return self._client
         drain, buffered = self._client.drain, self._client.buffered

@@ -11,7 +11,7 @@ parsing (`model_of`).
 Tokens are counted as the API of the route defines them.
 
 **The end of a stream** is judged from one reading of its last bytes, which a relay
-keeps, once the stream is over.  Nothing there parses the events.  Marks are found by
+keeps, once the stream is over.  Only the last event is parsed.  Marks are found by
 searching the bytes, first for a plain string, and with a regular expression only where
 that string occurs.  Generated text cannot be mistaken for a mark either, as it holds no
 line end.
@@ -32,12 +32,14 @@ from gollama_proxy.wire.schema import (
     Api,
     Counted,
     Ending,
+    Reported,
     any_fields,
     any_list,
     chunk_head,
     counted,
     named,
     native_head,
+    reported,
 )
 from gollama_proxy.wire.sse import DONE, Gatherer, data_of, events_in, split_events
 
@@ -190,15 +192,32 @@ def read_tail(api: Api, tail: bytes, began: bytes = b"", answers: int = 1) -> Us
     `began` is what `beginning` found; the tokens that were generated are read from the
     tail alone.  `answers` is how many there are to the prompt.
     """
-    usage = _last(b'"usage"', _USAGE_OBJECT, tail) if b'"usage"' in tail else {}
+    usage, timings = _reports(tail)
     if began:
         first = _decoded(began)
         first = {k: v for k, v in first.items() if k not in _GENERATED}
         usage = first | {k: v for k, v in usage.items() if v or k not in first}
     if api is Api.NATIVE:
         usage |= {k.decode(): int(v) for k, v in _NATIVE_COUNT.findall(tail)}
-    timings = _last(b'"timings"', _TIMINGS_OBJECT, tail)
     return _usage_of(api, usage, timings, answers) if usage or timings else NO_USAGE
+
+
+def _reports(tail: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the last objects with the usage and the timings.
+
+    Nearly always, the last event before `[DONE]` has them.  What it lacks is searched.
+    """
+    at = tail.rfind(b"\ndata: {")
+    try:
+        last = reported.decode(tail[at + 7 : tail.find(b"\n", at + 7)])
+    except UNREADABLE:
+        last = Reported()
+    usage, timings = last.usage, last.timings
+    if not isinstance(usage, dict):
+        usage = _last(b'"usage"', _USAGE_OBJECT, tail)
+    if not isinstance(timings, dict):
+        timings = _last(b'"timings"', _TIMINGS_OBJECT, tail)
+    return usage, timings
 
 
 def _last(key: bytes, pattern: re.Pattern[bytes], tail: bytes) -> dict[str, Any]:
@@ -356,7 +375,7 @@ def read_end(
     return End(
         _is_complete(tail, ending, done=done),
         done,
-        b"error" in tail and has_error(tail, ending),
+        has_error(tail, ending),
         b"" if closed else split_events(tail)[1],
         read_tail(api, tail, began, answers),
     )
@@ -397,7 +416,7 @@ def _has_reason(tail: bytes) -> bool:
 
 def has_error(tail: bytes, ending: Ending) -> bool:
     """Return whether one of these events is an error."""
-    if b"error" not in tail:
+    if tail.find(b"error") < 0:  # at half the cost of `in`
         return False
     if _ERROR_EVENT.search(tail) is not None:
         return True

@@ -38,7 +38,7 @@ from gollama_proxy.wire.schema import (
     native_event,
     raw_fields,
 )
-from gollama_proxy.wire.sse import Gatherer, data_of
+from gollama_proxy.wire.sse import CR, LF, Gatherer, data_of
 
 FRAME = 256  # characters that a text counts for beside its own, however short it is
 TEXT = msgspec.json.Decoder(str | None)
@@ -49,6 +49,7 @@ T = TypeVar("T")
 # Times that the bytes around a word are learnt; bytes that change too often are not
 # worth the cost.
 _MOST_LEARNT = 8
+_QUOTE, _BACKSLASH = b'"\\'
 
 
 class AssemblyError(Exception):
@@ -157,9 +158,8 @@ class Assembler(abc.ABC):
                     continue
                 if self._done:
                     continue
-                alone = b"\n" not in event and b"\r" not in event
-                if alone and event.startswith(b"data: "):  # as nearly all
-                    self._take(event[6:].strip())
+                if event.startswith(b"data: ") and LF not in event and CR not in event:
+                    self._take(event[6:].strip())  # as nearly all
                 elif (found := data_of(event)) is not None:
                     self._take(found.strip())
         if self._size + self._gatherer.size > self._limit:
@@ -175,7 +175,7 @@ class Assembler(abc.ABC):
         if not (data.startswith(head) and data.endswith(foot) and len(data) >= around):
             return False
         word = data[len(head) : -len(foot)]
-        if (b'"' in word or b"\\" in word) and not IN_STRING.fullmatch(word):
+        if (_QUOTE in word or _BACKSLASH in word) and not IN_STRING.fullmatch(word):
             return False
         self._words.append(word)
         self._size += len(word)

@@ -46,7 +46,7 @@ from gollama_proxy.wire.partial import (
     read_event,
 )
 from gollama_proxy.wire.schema import WORD, ChunkUsage, Ending
-from gollama_proxy.wire.sse import DONE, Gatherer
+from gollama_proxy.wire.sse import CR, DONE, Gatherer
 
 # --- What the client was sent -----------------------------------------------------
 
@@ -153,7 +153,7 @@ class Transcript:
         """Put the words into a batch."""
         words, self.words = self.words, []
         folded = _SEPARATOR.join(words)
-        if folded.count(_SEPARATOR) == len(words) - 1 and b"\r" not in folded:
+        if folded.count(_SEPARATOR) == len(words) - 1 and CR not in folded:
             self._batches.append(folded)
             self._size += len(folded) + len(words) * self.least
             self._trim()

@@ -347,6 +347,13 @@ class Named(Private):
     response: Any = None
 
 
+class Reported(Private):
+    """What the last event of a stream reports."""
+
+    usage: Any = None
+    timings: Any = None
+
+
 class Counted(Private):
     """The fields beside the text; not those of an object that a model has written."""
 
@@ -366,6 +373,7 @@ message_event = msgspec.json.Decoder(MessageEvent)
 native_head = msgspec.json.Decoder(NativeHead)
 native_event = msgspec.json.Decoder(NativeEvent | None)
 named = msgspec.json.Decoder(Named)
+reported = msgspec.json.Decoder(Reported)
 counted = msgspec.json.Decoder(Counted | list[Counted])
 any_list = msgspec.json.Decoder(list[Raw])
 raw_fields = msgspec.json.Decoder(dict[str, Raw])

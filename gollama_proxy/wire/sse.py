@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -50,6 +50,8 @@ from gollama_proxy.wire.schema import (
 )
 
 DONE = b"data: [DONE]\n\n"
+# As numbers: to look for one byte as `bytes` takes eight times as long.
+CR, LF = b"\r\n"
 # The first letters of its lines: data, event, id, retry, and of a comment.
 BEGINNINGS = (b"d", b"e", b"i", b"r", b":")
 # Headers that keep proxies from buffering or caching a stream (nginx does by default).
@@ -67,7 +69,7 @@ _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 def split_events(held: bytes) -> tuple[list[bytes], bytes]:
     """Split a stream at its blank lines: complete events, and what follows them."""
-    if b"\r" in held:
+    if CR in held:
         *events, rest = _BLANK_LINE.split(held)
     else:  # the common case, at a tenth of the cost
         *events, rest = held.split(b"\n\n")
@@ -76,7 +78,7 @@ def split_events(held: bytes) -> tuple[list[bytes], bytes]:
 
 def data_of(event: bytes) -> bytes | None:
     """Return the data of one event; None for a comment, a ping or a name alone."""
-    if event.startswith(b"data:") and b"\n" not in event and b"\r" not in event:
+    if event.startswith(b"data:") and LF not in event and CR not in event:
         return event[5:].lstrip(b" ")
     lines = _LINE_END.split(event)
     data = [line[5:].lstrip(b" ") for line in lines if line.startswith(b"data:")]
@@ -114,14 +116,15 @@ class Gatherer:
             self._rest.append(data)
             self.size += len(data)
             edge = self._edge + data
-            if not (b"\n\n" in edge or (b"\r" in edge and _BLANK_LINE.search(edge))):
+            if not (b"\n\n" in edge or (CR in edge and _BLANK_LINE.search(edge))):
                 self._edge = edge[-3:]
                 return []
             data = b"".join(self._rest)
-        if b"\r" in data:
-            *events, rest = _BLANK_LINE.split(data)
+        if CR in data:
+            events = _BLANK_LINE.split(data)
         else:  # inline: this is done for each event of an assembled answer
-            *events, rest = data.split(b"\n\n")
+            events = data.split(b"\n\n")
+        rest = events.pop()
         self._rest, self.size, self._edge = [rest], len(rest), rest[-3:]
         return events
 
@@ -188,16 +191,15 @@ class EventFilter(abc.ABC):
 # --- The beginning of a stream ----------------------------------------------------
 
 
-def opens(events: Iterable[bytes], ending: Ending) -> bool:
+def opens(events: Sequence[bytes], ending: Ending) -> bool:
     """Return whether one of these events carries content.
 
     An event with nothing but a role comes before a token is generated, from servers
     other than llama-server even before the prompt is read.
     """
-    for event in events:
-        alone = b"\n" not in event and b"\r" not in event
-        if alone and event.startswith(b"data: {"):  # as nearly all, without a call
-            data: bytes | None = event[6:]
+    for event in reversed(events):  # the first one often has just the role
+        if event.startswith(b"data: {") and LF not in event and CR not in event:
+            data: bytes | None = event[6:]  # as nearly all, without a call
         else:
             data = data_of(event)
         if data is not None and _carries(data, ending):
@@ -361,7 +363,7 @@ class ErrorReshaper(EventFilter):
         return passed
 
     def _concerns(self, data: bytes) -> bool:
-        return b"error" in data
+        return data.find(b"error") >= 0  # half the cost of `in`, for each token
 
     def _may_concern(self, begun: bytes) -> bool:
         return len(begun) <= MOST_ERROR and any(

@@ -43,7 +43,7 @@ def received(
     """Make a relay that has received an answer."""
     clock = Clock()
     lease = worker(name="w", clock=clock).lease()
-    relay = Relay("w", cast(Connection, None), lease, CHAT, clock)
+    relay = Relay(cast(Connection, None), lease, CHAT)
     relay.head_received(status, list(headers or (JSON,)))
     if body:
         relay.body_received(body)

@@ -92,7 +92,7 @@ class Stage:
         self.lease = a_worker(name="w", clock=self.clock).lease()
         connection = cast(Connection, self.line)
         endpoint = Endpoint(path, ending)
-        self.relay = Relay("w", connection, self.lease, endpoint, self.clock)
+        self.relay = Relay(connection, self.lease, endpoint)
         self.client = Client(
             self.sink.write, self.sink.drain, lambda: self.sink.buffered, chunked
         )

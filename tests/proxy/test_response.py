@@ -118,7 +118,7 @@ def received(
     """Make a relay that has received a part of an answer, and lost its worker."""
     clock = Clock()
     lease = worker(name="w", clock=clock).lease()
-    relay = Relay("w", cast(Connection, None), lease, ENDPOINTS[CHAT], clock)
+    relay = Relay(cast(Connection, None), lease, ENDPOINTS[CHAT])
     relay.head_received(200, list(headers))
     for part in parts:
         relay.body_received(part)
