@@ -117,14 +117,16 @@ async def connect(target: Target, *, any_answer: bool = False) -> Connection:
     """
     origin = target.worker.origin
     context = None if target.tls is None else target.tls.context
-    factory = functools.partial(Connection, any_answer=True)
+    factory = (
+        functools.partial(Connection, any_answer=True) if any_answer else Connection
+    )
     loop = asyncio.get_running_loop()
     failure = OSError()
     try:
         for address in target.known_addresses() or await target.resolve():
             try:
                 _, connection = await loop.create_connection(
-                    factory if any_answer else Connection,
+                    factory,
                     address,
                     target.port,
                     ssl=context,

@@ -215,6 +215,7 @@ def _addition(found: dict[str, Raw]) -> tuple[str, bytes] | None:
 _SAME = frozenset({"index", "delta", "role"})
 _NOTHING = frozenset({b"null", b"[]", b"{}", b'""'})
 
+_TILDE = ord("~")
 _REPEATS = 2  # events, before learning the bytes around their words pays
 
 
@@ -230,7 +231,7 @@ class TextAssembler(Assembler):
         self._latest = 0  # the choice of the last event
         self._last = b"{}"  # the last event of the first choice
         self._repeats = 0  # events that may have nothing but another word
-        self._usage = b""  # the event with the usage that counts
+        self._usage: dict[str, Raw] | None = None  # the one that counts
         self._tokens: int | None = None
 
     def _fold(self, data: bytes) -> None:
@@ -256,29 +257,28 @@ class TextAssembler(Assembler):
             if len(event.choices) == 1 and event.usage is None:
                 self._repeats += 1
                 if self._repeats > _REPEATS and not self._choices[0].finish_reason:
-                    self._learn_from(data, event.choices[0])
+                    self._learn_from(data)
         # llama-server sends the usage of each choice after its last event, and has that
         # of the first one in the answer.  Others send it once, after all choices.
-        if event.usage is not None and (self._latest == 0 or not self._usage):
+        if event.usage is not None and (self._latest == 0 or self._usage is None):
             tokens = event.usage.get("completion_tokens")
-            self._usage, self._tokens = data, read(tokens, NUMBER)
+            self._usage, self._tokens = event.usage, read(tokens, NUMBER)
 
-    def _learn_from(self, data: bytes, found: dict[str, Raw]) -> None:
+    def _learn_from(self, data: bytes) -> None:
         """Learn the bytes around the word of an event, if it adds nothing else."""
         word = WORD.search(data)
-        if word is None or word[2] == b"~":
+        if word is None or _TILDE in data:
             return
         head, foot = data[: word.start(2)], data[word.end(2) :]
         probe = (raw_chunk.decode(head + b"~" + foot) or RawChunk()).choices or [{}]
         # The only string that differs is this word; is it the text of the choice?
         name = word[1].decode()
-        added = _addition(found)
-        if added and added[0] == name and _addition(probe[0]) == (name, b'"~"'):
+        if _addition(probe[0]) == (name, b'"~"'):
             self._learn(self._choices[0].texts, name, head, foot)
 
     def _answer(self) -> object:
         choices = sorted(self._choices.items())
-        if not (choices and (self._done or self._usage)):
+        if not (choices and (self._done or self._usage is not None)):
             raise unfinished()
         for _, choice in choices:
             if not choice.finish_reason:
@@ -288,8 +288,8 @@ class TextAssembler(Assembler):
         for _, choice in choices:
             self._check(choice)
         answer: dict[str, object] = {**raw_fields.decode(self._last)}
-        if self._usage:
-            answer["usage"] = raw_fields.decode(self._usage)["usage"]
+        if self._usage is not None:
+            answer["usage"] = self._usage
         answer["object"] = self.kind
         answer["choices"] = [type(self).fold(choice, i) for i, choice in choices]
         return answer
