@@ -414,11 +414,11 @@ def looks_right(x: Exchange, worker: Worker, relay: Relay) -> bool:
     held = relay.held
     if relay.status >= 400:
         return False
-    if b'"system_fingerprint"' in held:
-        worker.see_build(build_of(held))
+    if build := build_of(held):
+        worker.see_build(build)
     if relay.is_event_stream:
-        if b'"error"' in held or b'"message"' in held:
-            return False
+        if held.find(b'"error"') >= 0 or held.find(b'"message"') >= 0:
+            return False  # `in` takes twice as long
     elif held[:8] == b'{"error"' or x.resume is not None or x.delivery is not None:
         return False
     name = first_model(held)

@@ -120,10 +120,8 @@ class Gatherer:
                 self._edge = edge[-3:]
                 return []
             data = b"".join(self._rest)
-        if CR in data:
-            events = _BLANK_LINE.split(data)
-        else:  # inline: this is done for each event of an assembled answer
-            events = data.split(b"\n\n")
+        # Inline: this is done for each event of an assembled answer.
+        events = _BLANK_LINE.split(data) if CR in data else data.split(b"\n\n")
         rest = events.pop()
         self._rest, self.size, self._edge = [rest], len(rest), rest[-3:]
         return events
