@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import NamedTuple
 
 import msgspec
 from aiohttp.web_request import BaseRequest
@@ -164,7 +163,7 @@ def error_response(error: ProxyError, api: Api = Api.OPENAI) -> Response:
 # --- The connection of a client, as a relay uses it -------------------------------
 
 
-class Client(NamedTuple):
+class Client(msgspec.Struct, frozen=True):
     """The parts of a client's connection that a relay uses, or memory in its place."""
 
     write: Callable[[bytes], None]

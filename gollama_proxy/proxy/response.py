@@ -330,7 +330,7 @@ def open_answer(x: Exchange, relay: Relay) -> Client:
         and relay.is_event_stream
     ):
         x.sent = b""  # it cannot be rescued
-    if x.fed:
+    if x.delivery.fed:
         x.body.forget()
     if x.resume is None:
         return client

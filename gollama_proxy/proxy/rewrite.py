@@ -181,7 +181,7 @@ _ASSEMBLERS: dict[Api, type[Assembler]] = {
 }
 
 
-class Streaming(NamedTuple):
+class Streaming(msgspec.Struct, frozen=True):
     """A request for a stream, and what folds its answer."""
 
     body: bytes

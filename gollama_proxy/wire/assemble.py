@@ -24,7 +24,7 @@ import abc
 import io
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -68,7 +68,7 @@ class LostTextError(UnfoldableError):
     """This answer has something that a stream leaves out; the next one may not."""
 
 
-class Asked(NamedTuple):
+class Asked(msgspec.Struct, frozen=True):
     """What an assembler has to know about the request."""
 
     stops: bool = False  # it has stop strings
@@ -101,6 +101,14 @@ class Texts:
     def get(self, name: str) -> str:
         text = self._texts.get(name)
         return text.getvalue() if text else ""
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is any beside the role."""
+        for name, text in self._texts.items():  # `any` costs a call for each
+            if text and name != "role" and text.tell():
+                return True
+        return False
 
     def all(self) -> dict[str, str | None]:
         texts: dict[str, str | None] = {}

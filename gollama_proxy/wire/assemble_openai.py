@@ -170,9 +170,7 @@ class _Choice:
                 self.logprobs[name] = known or values
 
     def shows_nothing(self) -> bool:
-        shown = self.texts.all()
-        shown.pop("role", None)
-        return not (self.calls.all or any(shown.values()))
+        return not (self.calls.all or self.texts.shown)
 
     def text(self, index: int) -> dict[str, object]:
         logprobs = self.logprobs or None
