@@ -99,12 +99,11 @@ class Stage:
 
     def __init__(self, state: State, *, stream: bool = True) -> None:
         self.clock = Clock()
-        none: Any = None
         config = Config(timeouts=Timeouts(gap=7, silence=9))
         self.proxy = Proxy(
             config,
             {},
-            *[none] * 8,
+            *[Mock()] * 8,
             ended=lambda x: None,
             clock=self.clock,
         )
