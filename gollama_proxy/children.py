@@ -191,14 +191,6 @@ class Restarts:
         return self._wait
 
 
-async def _at_once() -> None:
-    """Wait for nothing."""
-
-
-def _always(status: int) -> bool:
-    return True
-
-
 class Supervised:
     """A command that is started, and started again when it ends.
 
@@ -210,13 +202,13 @@ class Supervised:
     def __init__(
         self,
         command: Sequence[str],
-        ready: Callable[[], Awaitable[None]] = _at_once,
+        ready: Callable[[], Awaitable[None]] | None = None,
         environ: Mapping[str, str] | None = None,
         *,
         name: str = "",
         log: Path | None = None,
         descriptors: Sequence[int] = (),
-        again: Callable[[int], bool] = _always,
+        again: Callable[[int], bool] = lambda status: True,
     ) -> None:
         program = shutil.which(command[0]) or command[0]
         self._command = (program, *command[1:])
@@ -271,7 +263,8 @@ class Supervised:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._ready()
+            if self._ready is not None:
+                await self._ready()
             if self._retiring.is_set():
                 return
             started = loop.time()

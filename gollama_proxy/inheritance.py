@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import logging
 import os
 import platform
 import shutil
@@ -23,9 +22,7 @@ from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import COUNTS, Config
 from gollama_proxy.config.values import ConfigError, host_and_port
 from gollama_proxy.service import Listeners
-from gollama_proxy.state.folder import StateError, folder_of, lock
-
-logger = logging.getLogger(__name__)
+from gollama_proxy.state.folder import StateError, folder_of, lock, optional
 
 SOCKET = "store.sock"
 LOG = "store.log"  # of its last start, with warnings only
@@ -144,17 +141,10 @@ def _claim(config: Config, stack: AsyncExitStack) -> tuple[Path | None, Path]:
         ConfigError: a folder that was set cannot be used.
     """
     folder = folder_of(config.state.dir, os.environ)
-    try:
+    with optional(config.state.dir):
         if folder is not None:
             found = _open(folder.absolute() / "processes", stack)
             return folder.absolute(), found or _temporary(stack)
-    except StateError as exc:
-        if config.state.dir != "auto":
-            raise ConfigError(f"state.dir = {config.state.dir!r}: {exc}") from exc
-        logger.warning(
-            "%s; workers added at run time and revocations will not survive a restart",
-            exc,
-        )
     return None, _temporary(stack)
 
 

@@ -22,7 +22,7 @@ from gollama_proxy.config.watch import Changes
 from gollama_proxy.edge.server import require_parser
 from gollama_proxy.hub import Hub
 from gollama_proxy.service import REFUSED, Load, Service, count, raise_file_limit
-from gollama_proxy.state.folder import StateError, folder_of
+from gollama_proxy.state.folder import folder_of, optional
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.tasks import Signals, spawn
 from gollama_proxy.telemetry import logs
@@ -250,21 +250,9 @@ def _fit(config: Config, files: int) -> Config:
 
 
 def _open_state(setting: str) -> LocalState:
-    """Open the folder for what outlives the hub; without one it serves all the same.
-
-    Raises:
-        ConfigError: a folder that was set cannot be used.
-    """
-    try:
+    with optional(setting):
         return LocalState(folder_of(setting, os.environ))
-    except StateError as exc:
-        if setting != "auto":
-            raise ConfigError(f"state.dir = {setting!r}: {exc}") from exc
-        logger.warning(
-            "%s; workers added at run time and revocations will not survive a restart",
-            exc,
-        )
-        return LocalState()
+    return LocalState()
 
 
 def _hosts(service: Service, config: Config) -> list[str]:

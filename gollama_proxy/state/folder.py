@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from gollama_proxy.config.values import ConfigError
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -34,6 +36,24 @@ def folder_of(setting: str, environ: Mapping[str, str]) -> Path | None:
         return Path(base).expanduser() / "gollama-proxy"
     except RuntimeError:  # this user has no home
         return None
+
+
+@contextlib.contextmanager
+def optional(setting: str) -> Iterator[None]:
+    """Warn if the folder cannot be used; a hub without one serves all the same.
+
+    Raises:
+        ConfigError: it cannot, and it was set (`state.dir`).
+    """
+    try:
+        yield
+    except StateError as exc:
+        if setting != "auto":
+            raise ConfigError(f"state.dir = {setting!r}: {exc}") from exc
+        logger.warning(
+            "%s; workers added at run time and revocations will not survive a restart",
+            exc,
+        )
 
 
 def lock(file: Path) -> TextIO:
