@@ -50,7 +50,7 @@ from gollama_proxy.control.client import (
 from gollama_proxy.fleet.agents import answer_to
 from gollama_proxy.registration import TIMEOUT, HubLink, Refusal, find_hub
 from gollama_proxy.service import Service, count
-from gollama_proxy.tasks import Periodic, Signals, spawn
+from gollama_proxy.tasks import Periodic, Signals, ended, spawn
 from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
@@ -163,21 +163,16 @@ async def _run(options: Options, signals: Signals, service: Service) -> int:
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(agent.answering())
         await stack.enter_async_context(agent.serving())
-        asked = spawn(signals.asked.wait(), "first signal")
-        stack.callback(asked.cancel)
         refused = spawn(agent.refused.wait(), "refusal by all hubs")
         stack.callback(refused.cancel)
         with _passing_on(agent.server):
-            await asyncio.wait((asked, refused), return_when=asyncio.FIRST_COMPLETED)
+            await ended(refused, signals.asked)
         if not signals.asked.is_set():
             logger.error("all hubs refuse this worker, so the agent ends")
             return 1
         service.stopping(agent.describe_stop)
         leaving = spawn(agent.leave(), "drain")
-        insisted = spawn(signals.insisted.wait(), "second signal")
-        stack.callback(insisted.cancel)
-        await asyncio.wait((leaving, insisted), return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done():
+        if await ended(leaving, signals.insisted):
             return 0
         leaving.cancel()
         await asyncio.wait([leaving])

@@ -45,7 +45,7 @@ from gollama_proxy.service import (
     count,
     raise_file_limit,
 )
-from gollama_proxy.tasks import CUT, Periodic, Signals, spawn
+from gollama_proxy.tasks import CUT, Periodic, Signals, ended, spawn
 from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
@@ -211,11 +211,8 @@ class Parent:
             hub.status = None
         retiring = [hub.server.retire() for hub in self.hubs]
         ending = spawn(_all(retiring), "end of the processes")
-        insisting = spawn(signals.insisted.wait(), "second signal")
         patience = self.config.server.drain + BEYOND_DRAIN
-        first = asyncio.FIRST_COMPLETED
-        await asyncio.wait((ending, insisting), timeout=patience, return_when=first)
-        insisting.cancel()
+        await ended(ending, signals.insisted, within=patience)
         if not ending.done() and signals.insisted.is_set():
             logger.warning("second signal: cutting running answers")
             self._signal(CUT)
@@ -334,12 +331,9 @@ async def _all_or_one(
     needed: Iterable[asyncio.Event], over: Iterable[asyncio.Event], seconds: float
 ) -> None:
     """Wait for all events, for one that ends the wait, or for some time at most."""
-    ends = [spawn(each.wait(), "end of a wait") for each in over]
     steps = spawn(_all(each.wait() for each in needed), "start of the processes")
-    first = asyncio.FIRST_COMPLETED
-    await asyncio.wait((steps, *ends), timeout=seconds, return_when=first)
-    for task in (steps, *ends):
-        task.cancel()
+    await ended(steps, *over, within=seconds)
+    steps.cancel()
 
 
 def _import_path(environ: Mapping[str, str]) -> dict[str, str]:

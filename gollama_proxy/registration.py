@@ -29,7 +29,7 @@ import aiohttp
 from gollama_proxy import __version__, machine
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control.client import read_token
-from gollama_proxy.tasks import Periodic, Signals, spawn
+from gollama_proxy.tasks import Periodic, Signals, ended, spawn
 
 if TYPE_CHECKING:
     from zeroconf import ServiceInfo, Zeroconf
@@ -341,13 +341,10 @@ async def find_hub(signals: Signals) -> str:
         ConfigError: there are several.
     """
     looking = spawn(_look_for_hub(), "search for a hub")
-    asked = spawn(signals.asked.wait(), "signal during the search for a hub")
     try:
-        await asyncio.wait((looking, asked), return_when=asyncio.FIRST_COMPLETED)
-        return looking.result() if looking.done() else ""
+        return looking.result() if await ended(looking, signals.asked) else ""
     finally:
         looking.cancel()
-        asked.cancel()
 
 
 async def _look_for_hub() -> str:

@@ -24,7 +24,7 @@ from gollama_proxy.hub import Hub
 from gollama_proxy.service import REFUSED, Load, Service, count, raise_file_limit
 from gollama_proxy.state.folder import folder_of, optional
 from gollama_proxy.state.local import LocalState
-from gollama_proxy.tasks import Signals, spawn
+from gollama_proxy.tasks import Signals, ended, spawn
 from gollama_proxy.telemetry import logs
 
 logger = logging.getLogger(__name__)
@@ -275,12 +275,9 @@ def _warn_of_plain_text(server: Server, hosts: Iterable[str]) -> None:
 
 async def _drain(hub: Hub, signals: Signals) -> bool:
     draining = spawn(hub.drain(), "drain")
-    insisting = spawn(signals.insisted.wait(), "second signal")
-    await asyncio.wait((draining, insisting), return_when=asyncio.FIRST_COMPLETED)
-    clean = draining.done()
+    clean = await ended(draining, signals.insisted)
     if not clean:
         logger.warning("second signal: cutting running answers")
         await hub.abort()
-    insisting.cancel()
     await draining
     return clean

@@ -36,6 +36,23 @@ def _ended(task: asyncio.Task[Any]) -> None:
         logger.error("task %s failed", task.get_name(), exc_info=error)
 
 
+async def ended(
+    task: asyncio.Task[Any], *events: asyncio.Event, within: float | None = None
+) -> bool:
+    """Wait for a task; return False if an event comes first, or so many seconds pass.
+
+    The task goes on then; the caller cancels it or waits for it.
+    """
+    waits = [spawn(each.wait(), f"end of {task.get_name()}") for each in events]
+    try:
+        first = asyncio.FIRST_COMPLETED
+        await asyncio.wait((task, *waits), timeout=within, return_when=first)
+    finally:
+        for each in waits:
+            each.cancel()
+    return task.done()
+
+
 # Seconds by which a timer may be late before the event loop counts as held up.
 PUNCTUAL = 0.1
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gollama_proxy
-from gollama_proxy.tasks import PUNCTUAL, Periodic, held_up, spawn
+from gollama_proxy.tasks import PUNCTUAL, Periodic, ended, held_up, spawn
 from tests.fakes.waiting import DEADLINE
 
 PACKAGE = Path(gollama_proxy.__file__).parent
@@ -63,6 +63,17 @@ async def test_a_cancelled_task_is_not_a_failure(
     task.cancel()
     await asyncio.wait([task])
     assert not caplog.records
+
+
+async def test_a_wait_for_a_task_ends_with_it_an_event_or_the_time() -> None:
+    go, end, other = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    task = spawn(go.wait(), "work")
+    assert not await ended(task, end, within=0)
+    end.set()
+    assert not await ended(task, other, end)
+    assert not task.done()
+    go.set()
+    assert await ended(task, other)
 
 
 async def test_a_timer_shows_whether_the_event_loop_was_held_up() -> None:
