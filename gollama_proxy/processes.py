@@ -22,29 +22,37 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import signal
 import site
+import socket
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import gollama_proxy
-from gollama_proxy.children import Supervised, how
-from gollama_proxy.config.settings import Config, Process
-from gollama_proxy.config.values import MAX_PROCESSES, ConfigError
+from gollama_proxy.children import SOCKET, WATCHDOG, EmbeddedStore, HubProcess, how
+from gollama_proxy.config import addresses
+from gollama_proxy.config.load import check_exposure
+from gollama_proxy.config.settings import COUNTS, Config, Process
+from gollama_proxy.config.values import MAX_PROCESSES, ConfigError, host_and_port
 from gollama_proxy.config.watch import SettingsFile, Watcher
-from gollama_proxy.inheritance import EmbeddedStore, Inheritance, prepare
 from gollama_proxy.service import (
     FIRST_DESCRIPTOR,
     METRICS,
-    OUTCOME,
     REFUSED,
+    Listeners,
     Load,
     Service,
     count,
     raise_file_limit,
 )
+from gollama_proxy.state.folder import StateError, folder_of, lock, optional
 from gollama_proxy.tasks import CUT, Periodic, Signals, ended, spawn
 from gollama_proxy.telemetry import logs
 
@@ -54,9 +62,9 @@ logger = logging.getLogger(__name__)
 LOOK = 5.0  # between two looks for hubs that hang
 STARTS_WITHIN = 30.0  # a hub, until it has read its settings and listens
 READY_WITHIN = 15.0  # all of them, before the parent reports that it is ready
-RELOADS_WITHIN = 60.0
-WATCHDOG = 30.0  # without a sign of life, after which a hub is started again
 BEYOND_DRAIN = 15.0  # for a hub to end after `server.drain`, before it is killed
+
+_LONGEST_PATH = 100  # bytes of a Unix socket's path; the kernels allow 103 or 107
 
 
 def number_of(setting: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -156,13 +164,14 @@ class Parent:
         memory = FIRST_DESCRIPTOR + len(common.descriptors) - 1
         self.hubs = [
             HubProcess(
-                Process(each, number, group, memory),
-                common,
+                each,
+                mailbox,
                 command,
-                environ,
+                environ | _variables(Process(each, number, group, memory), common),
+                common.descriptors,
                 self._ended,
             )
-            for each in range(1, number + 1)
+            for each, mailbox in enumerate(common.mailboxes, 1)
         ]
 
     def __repr__(self) -> str:
@@ -348,116 +357,59 @@ def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([root, *([before] if before else [])])}
 
 
-# --- One hub ----------------------------------------------------------------------
+# --- What they inherit ----------------------------------------------------------------
 
 
-class HubProcess:
-    """A hub that the parent starts, and what it reports."""
+class Inheritance(NamedTuple):
+    """What all processes use."""
 
-    def __init__(
-        self,
-        process: Process,
-        common: Inheritance,
-        command: Sequence[str],
-        environ: Mapping[str, str],
-        again: Callable[[HubProcess, int], bool],
-    ) -> None:
-        """Prepare it; `again` is called when it has ended, as for `Supervised`."""
-        self.number = process.number
-        self.status: int | None = None  # of its last end
-        self.load = Load()
-        self.started, self.ready = asyncio.Event(), asyncio.Event()
-        self.heard = math.inf  # when it last gave a sign of life
-        self._again = again
-        self._hangs = False
-        self._outdated = False  # it may have read the settings before they changed
-        self._outcome: asyncio.Future[str] | None = None  # of a reload
-        self._mailbox = common.mailboxes[self.number - 1]
-        self.server = Supervised(
-            command,
-            environ={**environ, **_variables(process, common)},
-            name=f"process {self.number}",
-            descriptors=common.descriptors,
-            again=self._ended,
-        )
+    listeners: Listeners
+    folder: Path | None  # for what survives a restart
+    sockets: Path  # a folder for sockets
+    mailboxes: Sequence[socket.socket]  # where the hubs report, in their order
+    memory: int  # the descriptor of memory for `SharedCounts`
 
-    def __repr__(self) -> str:
-        state = "ready" if self.ready.is_set() else "not ready"
-        return f"<HubProcess {self.number} {state}>"
-
-    def start(self, clock: Callable[[], float]) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._mailbox, self._read, clock)
-        self.server.start()
+    @property
+    def descriptors(self) -> list[int]:
+        """Those that a hub inherits, the one of the memory last."""
+        sockets = (*self.listeners.clients, *self.listeners.metrics)
+        return [*(each.fileno() for each in sockets), self.memory]
 
     def close(self) -> None:
-        """Read no more of what it reports."""
-        asyncio.get_running_loop().remove_reader(self._mailbox)
+        """Take no more connections."""
+        for each in (*self.listeners.clients, *self.listeners.metrics):
+            each.close()
 
-    def _read(self, clock: Callable[[], float]) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                message = self._mailbox.recv(1 << 16)
-                self.receive(message.decode(errors="replace"), clock())
+    def forget(self, number: int) -> None:
+        """Forget the connections of a hub that has ended."""
+        os.pwrite(self.memory, bytes(COUNTS), (number - 1) * COUNTS)
 
-    def receive(self, message: str, now: float) -> None:
-        """Take what it reports; see sd_notify(3)."""
-        self.started.set()
-        self.heard = now
-        for line in message.splitlines():
-            name, _, value = line.partition("=")
-            if name == "READY":
-                self.ready.set()
-            elif name == "STOPPING":
-                self.ready.clear()
-            elif name == "STATUS":
-                with contextlib.suppress(ValueError, TypeError):
-                    self.load = Load.parse(value)
-            elif name == OUTCOME:
-                self._resolve(value)
-        if self._outdated:
-            self._outdated = False
-            self.server.signal(signal.SIGHUP)
 
-    def _ended(self, status: int) -> bool:
-        """Forget what it has reported."""
-        self.status, self.load = status, Load()
-        self.heard, self._hangs = math.inf, False
-        self.started.clear()
-        self.ready.clear()
-        self._resolve(f"ended with {how(status)}")
-        return self._again(self, status)
+async def prepare(
+    config: Config, inherited: Listeners, number: int, stack: AsyncExitStack
+) -> Inheritance:
+    """Make what `number` processes share; `stack` gives it back.
 
-    async def reload(self) -> str | None:
-        """Have it read its settings again; return what it reports.
+    Raises:
+        ConfigError: an address or a folder cannot be used.
+    """
+    listeners = await _listen(config, inherited, stack)
+    return await asyncio.to_thread(_take_folders, config, listeners, number, stack)
 
-        None: it reads them anyway, as it starts.
-        """
-        if not self.started.is_set():
-            self._outdated = self.server.pid is not None
-            return None
-        self._outcome = asyncio.get_running_loop().create_future()
-        self.server.signal(signal.SIGHUP)
-        try:
-            async with asyncio.timeout(RELOADS_WITHIN):
-                return await self._outcome
-        except TimeoutError:
-            return f"{REFUSED}no answer within {RELOADS_WITHIN:g} s"
-        finally:
-            self._outcome = None
 
-    def _resolve(self, outcome: str) -> None:
-        if self._outcome is not None and not self._outcome.done():
-            self._outcome.set_result(outcome)
-
-    def look(self, now: float) -> None:
-        """End it if it has given no sign of life for too long."""
-        if now - self.heard <= WATCHDOG:
-            return
-        logger.error("process %d hangs: ending it", self.number)
-        # The first signal has Python write where it hangs (PYTHONFAULTHANDLER).
-        self.server.signal(signal.SIGKILL if self._hangs else signal.SIGABRT)
-        self._hangs = True
+def _take_folders(
+    config: Config, listeners: Listeners, number: int, stack: AsyncExitStack
+) -> Inheritance:
+    folder, sockets = _claim(config, stack)
+    mailboxes = [_mailbox(sockets / f"{each}.notify") for each in range(1, number + 1)]
+    for each in mailboxes:
+        stack.callback(each.close)
+        stack.push_async_callback(asyncio.to_thread, Path(each.getsockname()).unlink)
+    memory, name = tempfile.mkstemp(dir=sockets)
+    stack.callback(os.close, memory)
+    Path(name).unlink()
+    os.ftruncate(memory, number * COUNTS)
+    return Inheritance(listeners, folder, sockets, mailboxes, memory)
 
 
 def _variables(process: Process, common: Inheritance) -> dict[str, str]:
@@ -480,3 +432,105 @@ def _variables(process: Process, common: Inheritance) -> dict[str, str]:
         "WATCHDOG_USEC": f"{WATCHDOG * 1e6:.0f}",
         "PYTHONFAULTHANDLER": "1",
     }
+
+
+# --- Sockets ----------------------------------------------------------------------
+
+
+async def _listen(
+    config: Config, inherited: Listeners, stack: AsyncExitStack
+) -> Listeners:
+    """Return sockets that listen, for clients and for metrics.
+
+    Raises:
+        ConfigError: an address cannot be listened on.
+    """
+    server = config.server
+    clients, metrics = [*inherited.clients], [*inherited.metrics]
+    for each in (*clients, *metrics):
+        stack.callback(each.close)
+    for each in clients:
+        if each.family != socket.AF_UNIX:
+            check_exposure(config, each.getsockname()[0])
+    try:
+        if not clients:
+            clients += await _bind(server.host, server.port, stack)
+    except OSError as exc:
+        raise addresses.refuse(server, exc) from exc
+    for address in config.metrics.listen:
+        try:
+            metrics += await _bind(*host_and_port(address), stack)
+        except OSError as exc:
+            raise addresses.refuse_metrics(address, exc) from exc
+    return Listeners(clients, metrics)
+
+
+async def _bind(host: str, port: int, stack: AsyncExitStack) -> list[socket.socket]:
+    """Listen as asyncio does: on all addresses that a name stands for."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(asyncio.Protocol, host, port, start_serving=False)
+    found = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
+    server.close()
+    for each in found:
+        stack.callback(each.close)
+        each.listen(addresses.BACKLOG)
+    return found
+
+
+# --- A folder ---------------------------------------------------------------------
+
+
+def _claim(config: Config, stack: AsyncExitStack) -> tuple[Path | None, Path]:
+    """Return the folder for what survives a restart, and one for sockets.
+
+    Raises:
+        ConfigError: a folder that was set cannot be used.
+    """
+    folder = folder_of(config.state.dir, os.environ)
+    with optional(config.state.dir):
+        if folder is not None:
+            found = _open(folder.absolute() / "processes", stack)
+            return folder.absolute(), found or _temporary(stack)
+    return None, _temporary(stack)
+
+
+def _open(folder: Path, stack: AsyncExitStack) -> Path | None:
+    """Take a folder for sockets; None if there can be none in it.
+
+    Raises:
+        StateError: it cannot be used, or other processes use it.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        claimed: TextIO = lock(folder / "lock")
+    except OSError as exc:
+        raise StateError(f"{folder}: cannot be used: {exc.strerror}") from exc
+    stack.callback(claimed.close)
+    if len(os.fsencode(folder / SOCKET)) > _LONGEST_PATH:
+        return None
+    try:  # a folder that several machines share may have no sockets
+        _mailbox(folder / "probe").close()
+        (folder / "probe").unlink()
+    except OSError:
+        return None
+    return folder
+
+
+def _temporary(stack: AsyncExitStack) -> Path:
+    folder = tempfile.mkdtemp(prefix="gollama-")
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    stack.push_async_callback(asyncio.to_thread, remove)
+    return Path(folder)
+
+
+def _mailbox(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        found.setblocking(False)
+        found.bind(str(path))
+    except OSError:
+        found.close()
+        raise
+    return found

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy import children
-from gollama_proxy.children import Child, ChildError, Restarts, Supervised, environment
+from gollama_proxy.children import (
+    WATCHDOG,
+    Child,
+    ChildError,
+    HubProcess,
+    Restarts,
+    Supervised,
+    environment,
+)
+from gollama_proxy.service import Load
 from tests.fakes.waiting import until
 
 Start = Callable[[str], Awaitable[Child]]
@@ -200,3 +210,92 @@ def test_a_server_that_ends_at_once_is_started_less_and_less_often() -> None:
     assert [restarts.after(0.1) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
     assert restarts.after(60) == 1
     assert restarts.after(0.1) == 2
+
+
+# --- A hub ------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def hub() -> AsyncIterator[HubProcess]:
+    """Start a program in place of a hub, which reports what the test receives."""
+    mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    made = await asyncio.to_thread(
+        HubProcess,
+        1,
+        mailbox,
+        ["/bin/sleep", "60"],
+        dict(os.environ),
+        [],
+        lambda hub, status: False,
+    )
+    made.start(lambda: 0.0)
+    await until(lambda: made.server.pid is not None)
+    yield made
+    await made.server.stop()
+    made.close()
+    mailbox.close()
+
+
+def messages(hub: HubProcess, *lines: str, now: float = 0.0) -> None:
+    hub.receive("\n".join(lines), now)
+
+
+async def test_what_a_hub_reports(hub: HubProcess) -> None:
+    assert not hub.started.is_set()
+    messages(hub, "STATUS=1 2 3 4")
+    assert hub.started.is_set()
+    assert hub.load == Load(1, 2, 3, 4)
+    messages(hub, "STATUS=of another version")
+    assert hub.load == Load(1, 2, 3, 4)
+    assert not hub.ready.is_set()
+    messages(hub, "READY=1")
+    assert hub.ready.is_set()
+    assert repr(hub) == "<HubProcess 1 ready>"
+    messages(hub, "STOPPING=1", "EXTEND_TIMEOUT_USEC=1")
+    assert not hub.ready.is_set()
+
+
+async def test_a_hub_that_hangs_is_ended(hub: HubProcess) -> None:
+    hub.look(1e9)  # it starts, and is not expected to report
+    assert hub.server.pid is not None
+    messages(hub, "WATCHDOG=1", now=100.0)
+    hub.look(100.0 + WATCHDOG)
+    assert hub.server.pid is not None
+    hub.look(101.0 + WATCHDOG)
+    await until(lambda: hub.status is not None)
+    assert hub.status == -signal.SIGABRT
+
+
+async def test_a_hub_that_does_not_even_abort_is_killed(hub: HubProcess) -> None:
+    messages(hub, "WATCHDOG=1")
+    hub.server.signal(signal.SIGSTOP)  # it takes no other signal but SIGKILL
+    hub.look(WATCHDOG + 1)
+    hub.look(WATCHDOG + 6)
+    await until(lambda: hub.status is not None)
+    assert hub.status == -signal.SIGKILL
+
+
+async def test_reloads_of_a_hub(
+    hub: HubProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[signal.Signals] = []
+    monkeypatch.setattr(hub.server, "signal", sent.append)
+    assert await hub.reload() is None  # it is starting: its answer is not waited for
+    assert sent == []
+    messages(hub, "READY=1")  # it may have read the old settings
+    assert sent == [signal.SIGHUP]
+    reloading = asyncio.ensure_future(hub.reload())
+    await asyncio.sleep(0)
+    messages(hub, "RELOADING=1", "MONOTONIC_USEC=1")
+    messages(hub, "READY=1", "X_GOLLAMA_RELOADED=nothing has changed")
+    assert await reloading == "nothing has changed"
+    assert len(sent) == 2
+    monkeypatch.setattr(children, "RELOADS_WITHIN", 0.0)
+    assert await hub.reload() == "refused: no answer within 0 s"
+
+
+async def test_a_hub_that_ends_during_a_reload(hub: HubProcess) -> None:
+    messages(hub, "READY=1")
+    reloading = asyncio.ensure_future(hub.reload())  # `sleep` ends upon SIGHUP
+    assert await reloading == "ended with SIGHUP"
+    assert not hub.ready.is_set()

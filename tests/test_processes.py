@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import os
-import signal
 import socket
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gollama_proxy import inheritance, processes
+from gollama_proxy import children, processes
 from gollama_proxy.cli import main
-from gollama_proxy.config.settings import COUNTS, Config, Process, Server, State
+from gollama_proxy.config.settings import COUNTS, Config, Server, State
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.inheritance import Inheritance
-from gollama_proxy.processes import WATCHDOG, HubProcess, combine, total
+from gollama_proxy.processes import Inheritance, combine, total
 from gollama_proxy.service import Listeners, Load
 from gollama_proxy.state.folder import lock
 from tests.fakes.hub import SECRET
 from tests.fakes.process import bare
-from tests.fakes.waiting import until
 
 # --- How many -------------------------------------------------------------------------
 
@@ -114,7 +109,7 @@ def test_a_server_that_does_not_start(
     program = tmp_path / "valkey-server"
     program.write_text(f"#!/bin/sh\necho 'wrong CPU'\n{end}\n")
     program.chmod(0o700)
-    monkeypatch.setattr(inheritance, "find_program", lambda: program)
+    monkeypatch.setattr(children, "find_program", lambda: program)
     log = tmp_path / "state/processes/store.log"
     why = f"the embedded Valkey does not start: {reason} (from {log})"
     assert serve().endswith(f"{why}; state.url can name another server\n")
@@ -159,7 +154,7 @@ def test_the_variable_of_a_process_that_is_set_by_hand(
 
 async def prepared(stack: AsyncExitStack, folder: Path) -> Inheritance:
     config = Config(server=Server(port=0), state=State(dir=str(folder)))
-    return await inheritance.prepare(config, Listeners(), 2, stack)
+    return await processes.prepare(config, Listeners(), 2, stack)
 
 
 async def test_a_folder_whose_path_is_too_long_for_sockets(tmp_path: Path) -> None:
@@ -189,97 +184,6 @@ async def test_the_connections_of_a_process_that_ended_are_forgotten(
         os.pwrite(common.memory, b"\1" * 2 * COUNTS, 0)
         common.forget(1)
         assert os.pread(common.memory, 2 * COUNTS, 0) == bytes(COUNTS) + b"\1" * COUNTS
-
-
-# --- One hub --------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def hub(tmp_path: Path) -> AsyncIterator[HubProcess]:
-    """Start a program in place of a hub, which reports what the test receives."""
-    memory = os.open(os.devnull, os.O_RDONLY)
-    mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    common = Inheritance(Listeners(), tmp_path, tmp_path, [mailbox], memory)
-    made = await asyncio.to_thread(
-        HubProcess,
-        Process(1, 2, "group", 3),
-        common,
-        ["/bin/sleep", "60"],
-        dict(os.environ),
-        lambda hub, status: False,
-    )
-    made.start(lambda: 0.0)
-    await until(lambda: made.server.pid is not None)
-    yield made
-    await made.server.stop()
-    made.close()
-    mailbox.close()
-    os.close(memory)
-
-
-def messages(hub: HubProcess, *lines: str, now: float = 0.0) -> None:
-    hub.receive("\n".join(lines), now)
-
-
-async def test_what_a_hub_reports(hub: HubProcess) -> None:
-    assert not hub.started.is_set()
-    messages(hub, "STATUS=1 2 3 4")
-    assert hub.started.is_set()
-    assert hub.load == Load(1, 2, 3, 4)
-    messages(hub, "STATUS=of another version")
-    assert hub.load == Load(1, 2, 3, 4)
-    assert not hub.ready.is_set()
-    messages(hub, "READY=1")
-    assert hub.ready.is_set()
-    assert repr(hub) == "<HubProcess 1 ready>"
-    messages(hub, "STOPPING=1", "EXTEND_TIMEOUT_USEC=1")
-    assert not hub.ready.is_set()
-
-
-async def test_a_hub_that_hangs_is_ended(hub: HubProcess) -> None:
-    hub.look(1e9)  # it starts, and is not expected to report
-    assert hub.server.pid is not None
-    messages(hub, "WATCHDOG=1", now=100.0)
-    hub.look(100.0 + WATCHDOG)
-    assert hub.server.pid is not None
-    hub.look(101.0 + WATCHDOG)
-    await until(lambda: hub.status is not None)
-    assert hub.status == -signal.SIGABRT
-
-
-async def test_a_hub_that_does_not_even_abort_is_killed(hub: HubProcess) -> None:
-    messages(hub, "WATCHDOG=1")
-    hub.server.signal(signal.SIGSTOP)  # it takes no other signal but SIGKILL
-    hub.look(WATCHDOG + 1)
-    hub.look(WATCHDOG + 6)
-    await until(lambda: hub.status is not None)
-    assert hub.status == -signal.SIGKILL
-
-
-async def test_reloads_of_a_hub(
-    hub: HubProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[signal.Signals] = []
-    monkeypatch.setattr(hub.server, "signal", sent.append)
-    assert await hub.reload() is None  # it is starting: its answer is not waited for
-    assert sent == []
-    messages(hub, "READY=1")  # it may have read the old settings
-    assert sent == [signal.SIGHUP]
-    reloading = asyncio.ensure_future(hub.reload())
-    await asyncio.sleep(0)
-    messages(hub, "RELOADING=1", "MONOTONIC_USEC=1")
-    messages(hub, "READY=1", "X_GOLLAMA_RELOADED=nothing has changed")
-    assert await reloading == "nothing has changed"
-    assert len(sent) == 2
-    monkeypatch.setattr(processes, "RELOADS_WITHIN", 0.0)
-    assert await hub.reload() == "refused: no answer within 0 s"
-
-
-async def test_a_hub_that_ends_during_a_reload(hub: HubProcess) -> None:
-    messages(hub, "READY=1")
-    reloading = asyncio.ensure_future(hub.reload())  # `sleep` ends upon SIGHUP
-    assert await reloading == "ended with SIGHUP"
-    assert not hub.ready.is_set()
 
 
 # --- All of them ----------------------------------------------------------------------
