@@ -7,7 +7,6 @@ declarations: names, types, labels and buckets.  What has been counted is in
 
 from __future__ import annotations
 
-import enum
 import os
 import platform
 import re
@@ -15,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import chain, product
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gollama_proxy import __version__
 from gollama_proxy.fleet.breaker import Breaker, BreakerState, Cause
@@ -26,6 +25,9 @@ from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.exposition import Collected, Family, Histogram
 from gollama_proxy.upstream.pool import ConnectionPool
+
+if TYPE_CHECKING:
+    from gollama_proxy.state.store import Store
 
 # Prompt processing takes from milliseconds on a GPU to minutes on a laptop.
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -505,22 +507,10 @@ class ClientMetrics:
         yield REFUSED, [(REFUSED.at(reason), count) for reason, count in refused]
 
 
-class SharedStore(Protocol):
-    """The connection to the store."""
-
-    @property
-    def mode(self) -> enum.Enum: ...
-
-    operations: int
-    failures: int
-    outages: int
-    observe: Callable[[float], None]
-
-
 class StoreMetrics:
     """Reads the connection to the store, and times its answers."""
 
-    def __init__(self, store: SharedStore, hubs: Callable[[], int]) -> None:
+    def __init__(self, store: Store, hubs: Callable[[], int]) -> None:
         """Follow a connection; `hubs` returns how many there are."""
         self._store, self._hubs = store, hubs
         self._seconds = Histogram(STORE_SECONDS)

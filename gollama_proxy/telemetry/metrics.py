@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Metrics
@@ -62,11 +62,13 @@ from gollama_proxy.telemetry.families import (
     ClientMetrics,
     Clients,
     FleetMetrics,
-    SharedStore,
     StoreMetrics,
     of_process,
 )
 from gollama_proxy.upstream.pool import ConnectionPool
+
+if TYPE_CHECKING:
+    from gollama_proxy.state.store import Store
 
 MOST_MODELS = 200
 MOST_WORKERS = 2000
@@ -114,7 +116,7 @@ class Telemetry:
     def __repr__(self) -> str:
         return f"<Telemetry of {self._requests!r}>"
 
-    def follow_store(self, store: SharedStore, hubs: Callable[[], int]) -> None:
+    def follow_store(self, store: Store, hubs: Callable[[], int]) -> None:
         """Show the connection to the store too; `hubs` returns how many there are."""
         self._sources.append(StoreMetrics(store, hubs).collect)
 
