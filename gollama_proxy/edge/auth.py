@@ -121,7 +121,7 @@ class Authenticator:
     @property
     def preloaded(self) -> bool:
         """Whether what checks a token is imported, or not needed."""
-        return self._off or "_decoder" in self.__dict__
+        return self._off or _has_pyjwt(self._auth.algorithm)
 
     def preload(self) -> None:
         """Import what checks a token; it takes a moment and reads files."""
@@ -316,6 +316,13 @@ def _new_decoder(algorithm: str) -> jwt.PyJWT:
     import jwt
 
     return jwt.PyJWT({"enforce_minimum_key_length": True})
+
+
+def _has_pyjwt(algorithm: str) -> bool:
+    loaded = sys.modules.get("jwt")
+    if loaded is None:
+        return False
+    return algorithm == "HS256" or bool(loaded.algorithms.has_crypto)
 
 
 def _import_pyjwt(algorithm: str) -> None:

@@ -417,7 +417,8 @@ class Ledger:
 
     async def close(self) -> None:
         """Save what is left, and close the database; harmless when closed."""
-        await self.save()
+        if self._database.file:  # else it would be lost at once
+            await self.save()
         await self._database.close()
 
     # --- Other hubs -----------------------------------------------------------------
