@@ -150,22 +150,23 @@ async def test_the_same_request_costs_the_same_on_every_route(
             "/completions": {"prompt": PROMPT, "n_predict": 4},
         },
     ]
-    for bodies in same_prompts:
-        costs = {}
-        for path, body in bodies.items():
-            for stream in (False, True):
-                # Its cache is empty, and then it is full.
-                server = llama_server(tiny_model, slots=1)
-                async with running_hub(server) as hub:
+    server = llama_server(tiny_model, slots=1, args=("--cache-ram", "0"))
+    async with running_hub(server) as hub:
+        for bodies in same_prompts:
+            costs = {}
+            for path, body in bodies.items():
+                for stream in (False, True):
                     asked = {"model": "tiny", "temperature": 0, **body}
+                    # Its cache is that of another request, or of the same one.
+                    other = {"prompt": "Another text.", "n_predict": 1}
+                    assert (await hub.post("/completion", other)).status == 200
                     if ask_first:
-                        await hub.post(path, asked)
+                        assert (await hub.post(path, asked)).status == 200
                     got = await cost(hub, path, asked | {"stream": stream})
                     costs[path, stream] = got
-                server.kill()
-        assert len(set(costs.values())) == 1, costs
-        [total] = set(costs.values())
-        assert total > 250
+            assert len(set(costs.values())) == 1, costs
+            [total] = set(costs.values())
+            assert total > 250
 
 
 @pytest.mark.real
@@ -296,10 +297,13 @@ async def test_a_client_that_leaves_before_its_whole_answer_arrives_is_charged(
 @pytest.mark.real
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_a_client_that_leaves_a_real_server_is_charged(
-    stream: bool, log: Log, llama_server: Callable[..., LlamaServer], slow_model: Path
+    stream: bool,
+    log: Log,
+    llama_server: Callable[..., LlamaServer],
+    brisk_model: Path,
 ) -> None:
     body = WHOLE | {"stream": stream, "max_tokens": 2000}
-    async with running_hub(llama_server(slow_model)) as hub:
+    async with running_hub(llama_server(brisk_model)) as hub:
         async with charged(hub, log) as (token, costs):
             async with await hub.open(CHAT, body, token):
                 await relayed(hub, 10)
