@@ -597,6 +597,9 @@ def codes_in(answer: bytes) -> set[str]:
     return {code for code in Code if f'"code":"{code}"}}'.encode() in answer}
 
 
+SOMEWHERE = StackSummary.from_list([("file.py", 1, "function", "")])
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 async def test_no_failure_reveals_user_text(
     case: Case, witness: Witness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -608,7 +611,7 @@ async def test_no_failure_reveals_user_text(
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "slow_callback_duration", 0.0)
     # Debug mode keeps the stack of each call, which takes long and has no user text.
-    monkeypatch.setattr(StackSummary, "extract", lambda *args, **kwargs: StackSummary())
+    monkeypatch.setattr(StackSummary, "extract", lambda *args, **kwargs: SOMEWHERE)
     loop.set_debug(True)
     try:
         async with stage_of(case, witness, tmp_path) as stage:
