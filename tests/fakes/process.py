@@ -210,7 +210,7 @@ class Program:
         try:
             yield cls(process)
         finally:
-            if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.communicate()
 
