@@ -208,6 +208,9 @@ class Upload:
 
 # Limits up to this many seconds have a timer.
 SOON = 5.0
+# By how many seconds the time of the event loop, at which it began a round, may be
+# behind the clock: a timer that ends before its limit leaves it to the next check.
+BEHIND = 0.01
 # Seconds without a byte of an answer, after which its worker's health is checked.
 SUSPICIOUS = 5.0
 # Seconds of silence before a client is notified that its prompt is being processed, and
@@ -243,7 +246,7 @@ class Limits:
             if not held_up(timer):  # else the next round checks it
                 self.check(x, self._clock())
 
-        timer = asyncio.get_running_loop().call_later(limit, check)
+        timer = asyncio.get_running_loop().call_later(limit + BEHIND, check)
         return timer
 
     def check(self, x: Exchange, now: float) -> None:

@@ -279,7 +279,7 @@ async def test_an_error_that_two_workers_agree_on_still_has_a_fallback() -> None
 
 
 async def test_when_every_fallback_refuses_the_last_refusal_is_passed_on() -> None:
-    async with family(retry__attempts=1) as (*workers, hub):
+    async with family(retry__attempts=1, retry__patience=0.1) as (*workers, hub):
         for worker in workers:
             worker.default(send(error_reply(429, f"of {worker.models[0]}")))
         response = await hub.post(CHAT, WHOLE | {"model": "big"})
