@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,25 +126,82 @@ _MEASURED = (
 )
 
 
-def write(record: Record) -> None:
-    """Log the end of a request; a failure on this side is a warning.
+class Kind:
+    """What the lines of alike requests share: all but the time, the id and numbers."""
+
+    __slots__ = ("_form", "_parts", "level")
+
+    def __init__(self, record: Record) -> None:
+        """Make the kind of a request that has ended."""
+        # A failure on this side is a warning.
+        broken = record.outcome is _ERROR and record.status < 400
+        self.level = logging.WARNING if broken or record.status >= 500 else logging.INFO
+        self._form: LineFormatter | None = None
+        self._parts: tuple[str, ...] = ()  # in that format; empty: it shares nothing
+
+    def __repr__(self) -> str:
+        return f"<Kind {logging.getLevelName(self.level)}>"
+
+    def line(self, record: Record, form: LineFormatter, now: float) -> str:
+        """Return the line of a request, at a Unix time."""
+        if form is not self._form:
+            self._form, self._parts = form, _parts(record, form, self.level)
+        first = record.first_byte
+        milliseconds = 0.0 if first is None else first * 1000.0
+        took = (record.duration or 0.0) * 1000.0
+        if (
+            not self._parts
+            or took < SHORTEST
+            or (milliseconds < SHORTEST and first is not None)
+        ):
+            stamp = form.stamp(now)
+            return form.line(stamp, self.level, "request", record.fields())
+        before, after, n1, n2, n3, n4, n5, n6, n7, n8, end = self._parts
+        trace = record.trace
+        return (
+            f"{before}{form.stamp(now)}{after}"
+            f"{n1}{'' if first is None else f'{milliseconds:.1f}'}{n2}{took:.1f}"
+            f"{n3}{record.prompt_tokens or ''}{n4}{record.cached_tokens or ''}"
+            f"{n5}{record.tokens or ''}{n6}{record.bytes or ''}"
+            f"{n7}{record.id}{n8}{'' if trace is None else trace.trace_id}{end}"
+        )
+
+
+def _parts(record: Record, form: LineFormatter, level: int) -> tuple[str, ...]:
+    """Return what lines of a kind have around their time, and before each number."""
+    opening = form.opening(level, "request", record.common())
+    if opening is None:
+        return ()
+    *numbers, name, trace = (f"{form.before}{each}{form.between}" for each in _MEASURED)
+    shown = (
+        *(record.first_byte is not None, True, record.prompt_tokens),
+        *(record.cached_tokens, record.tokens, record.bytes),
+    )
+    mark, traced = form.mark, record.trace is not None
+    return (
+        *opening,
+        *(each if show else "" for each, show in zip(numbers, shown, strict=True)),
+        f"{name}{mark}",
+        f"{mark}{trace}{mark}" if traced else mark,
+        f"{mark}{form.end}" if traced else form.end,
+    )
+
+
+def write(record: Record, kind: Kind) -> None:
+    """Log the end of a request.
 
     A `BatchHandler` gets the line.  Other handlers of the `gollama_proxy.access` logger
     get a `logging.LogRecord` that has its fields as `fields`.
     """
-    if record.routine:
-        return
-    status, level = record.status, logging.INFO
-    if status >= 500 or (status < 400 and record.outcome is _ERROR):
-        level = logging.WARNING
-    if not access.isEnabledFor(level):
+    level = kind.level
+    if record.routine or not access.isEnabledFor(level):
         return
     handlers = _root.handlers
     if access.handlers or _program.handlers or not access.propagate:
         handlers = [*_all_handlers()]
     for handler in handlers:
         if isinstance(handler, BatchHandler):
-            handler.add(line(record, handler.form, level, time.time()))
+            handler.add(kind.line(record, handler.form, time.time()))
         elif level >= handler.level:
             handler.handle(_log_record(level, record.fields()))
 
@@ -154,70 +211,6 @@ def _all_handlers() -> Iterator[logging.Handler]:
     while logger is not None:
         yield from logger.handlers
         logger = logger.parent if logger.propagate else None
-
-
-def line(record: Record, form: LineFormatter, level: int, now: float) -> str:
-    """Return the line of a record, at a Unix time.
-
-    Every request pays for this, so what many have in common is written once: all but
-    the time, the id and what was measured.
-    """
-    path, detail, trace = record.path, record.detail, record.trace
-    first = (record.first_byte or 0.0) * 1000.0
-    took = (record.duration or 0.0) * 1000.0
-    prompt, cached = record.prompt_tokens, record.cached_tokens
-    tokens, size = record.tokens, record.bytes
-    kind = (
-        record.remote,
-        record.subject,
-        record.method,
-        record.route,
-        path and path[:MOST_PATH],
-        record.status,
-        record.outcome or "",
-        record.error,
-        detail and detail[:MOST_DETAIL],
-        record.model,
-        record.worker,
-        record.attempts,
-        record.rescued,
-        record.fell_back,
-        level,
-        # What it shows of the rest, in the order of `_MEASURED`
-        first >= SHORTEST,
-        took >= SHORTEST,
-        prompt > 0,
-        cached > 0,
-        tokens > 0,
-        size > 0,
-        trace is not None,
-    )
-    parts = form.openings.get(kind)
-    if parts is None:
-        opening = form.opening(level, "request", record.common())
-        if opening is None:
-            return form.line(form.stamp(now), level, "request", record.fields())
-        parts = form.openings[kind] = (*opening, *_names(form, kind[-7:]))
-    before, after, of_first, of_took, n1, n2, n3, n4, n5, n6, end = parts
-    return (
-        f"{before}{form.stamp(now)}{after}"
-        f"{of_first}{f'{first:.1f}' if of_first else ''}"
-        f"{of_took}{f'{took:.1f}' if of_took else ''}"
-        f"{n1}{prompt or ''}{n2}{cached or ''}{n3}{tokens or ''}{n4}{size or ''}"
-        f"{n5}{record.id}{n6}{'' if trace is None else trace.trace_id}{end}"
-    )
-
-
-def _names(form: LineFormatter, shown: Iterable[object]) -> Iterator[str]:
-    """Yield what is before each value of `_MEASURED`, and the end of the line."""
-    *numbers, name, trace = (f"{form.before}{each}{form.between}" for each in _MEASURED)
-    *measured, traced = shown
-    for each, show in zip(numbers, measured, strict=True):
-        yield each if show else ""
-    mark = form.mark
-    yield f"{name}{mark}"
-    yield f"{mark}{trace}{mark}" if traced else mark
-    yield f"{mark}{form.end}" if traced else form.end
 
 
 def _log_record(level: int, fields: Fields) -> logging.LogRecord:

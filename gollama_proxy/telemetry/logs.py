@@ -30,7 +30,6 @@ from json.encoder import encode_basestring_ascii as _in_quotes
 from math import floor
 from typing import TYPE_CHECKING, TextIO
 
-from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import Log
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ PATIENCE = 1.0  # seconds to wait for its reader when the process ends
 MOST_CAUSES = 5  # exceptions shown of a chain of causes
 QUIET = 10.0  # seconds without a repetition, after which a warning is written again
 SUMMARY = 60.0  # seconds after which the repetitions so far are counted in a line
-MOST_OPENINGS = 2048  # of lines, remembered as many have the same one
 MOST_KINDS = 200  # of warnings whose repetitions are counted
 MOST_MESSAGE = 500  # characters of a warning that are repeated with their number
 
@@ -466,7 +464,7 @@ class LineFormatter(logging.Formatter):
     """Formats records of `logging`, and lines that need no record.
 
     A line is an opening, around its time, then its fields, then `end`.  What many lines
-    have in common can so be formatted once, and be remembered in `openings`.
+    have in common can so be formatted once (`accesslog.py`).
     """
 
     before = between = end = ""  # the name of a field; it and its value; the line's end
@@ -479,7 +477,6 @@ class LineFormatter(logging.Formatter):
         self.process = process
         self._source: Fields = {"process": process} if process else _NO_FIELDS
         self._second, self._written = 0.0, ""  # the last one, and how it is written
-        self.openings: dict[Hashable, tuple[str, ...]] = BoundedDict(MOST_OPENINGS)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, and its traceback."""

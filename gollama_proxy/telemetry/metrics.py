@@ -22,7 +22,7 @@ from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.telemetry import accesslog, exposition
-from gollama_proxy.telemetry.accesslog import Record, Step
+from gollama_proxy.telemetry.accesslog import MOST_DETAIL, MOST_PATH, Record, Step
 from gollama_proxy.telemetry.exposition import (
     MOST_VALUES,
     Collected,
@@ -129,8 +129,7 @@ class Telemetry:
         assert record.duration is None, record
         clock = self._clock  # on an object, it takes three times as long to call
         record.duration = clock() - record.started
-        self._requests.observe(record)
-        accesslog.write(record)
+        accesslog.write(record, self._requests.observe(record))
 
     def note_reload(self, *, valid: bool) -> None:
         """Record that the settings were read again."""
@@ -224,53 +223,63 @@ class RequestMetrics:
     def __repr__(self) -> str:
         return f"<RequestMetrics series={len(self._kinds)}>"
 
-    def observe(self, record: Record) -> None:
-        """Count a request that has ended.
+    def observe(self, record: Record) -> accesslog.Kind:
+        """Count a request that has ended; return its kind.
 
         Every request pays for this, so it only keeps what was measured, with that of
         the others of its kind: what a kind has in common is counted for all at once.
         """
         first, lease, steps = record.first_byte, record.lease, record.steps
         prompt, tokens = record.prompt_tokens, record.tokens
+        cached, duration = record.cached_tokens, record.duration or 0.0
+        path, detail, trace = record.path, record.detail, record.trace
         streamed, each = 0, None  # tokens, and seconds of one but the first
         if lease is not None and first is not None:
             streamed = lease.tokens
             if streamed > 1:
                 each = lease.seconds / (streamed - 1)
         key = (
+            record.remote,
             record.subject,
+            record.method,
             record.route,
+            path and path[:MOST_PATH],
             record.status,
-            record.error or record.outcome,
+            record.outcome,
+            record.error,
+            detail and detail[:MOST_DETAIL],
             record.model,
             record.worker,
             record.attempts,
             record.rescued,
             record.fell_back,
-            # What was measured
+            # What there is to measure, and to show in its line
             first is None,
-            not (prompt or tokens),
+            prompt > 0,
+            cached > 0,
+            tokens > 0,
+            record.bytes > 0,
             streamed > 0,
             not steps,
+            trace is None,
         )
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = self._find(record, streamed)
-        duration = record.duration or 0.0
         kind.measured.append(
             (
                 duration,
                 first,
                 _waited(steps, duration) if steps else 0.0,
                 prompt,
-                record.cached_tokens,
+                cached,
                 tokens,
                 record.slot_seconds,
                 each,
             )
         )
-        if record.trace is not None and record.trace.sampled:
-            kind.exemplify(record.trace.trace_id)
+        if trace is not None and trace.sampled:
+            kind.exemplify(trace.trace_id)
         number = len(kind.measured)
         if number == 1:
             self._uncounted.append(kind)
@@ -278,6 +287,7 @@ class RequestMetrics:
                 self._count()
         elif number >= MOST_VALUES:
             kind.count()
+        return kind
 
     def _find(self, record: Record, streamed: int) -> _Kind:
         """Return where to count requests of this kind, by the labels of its names."""
@@ -431,7 +441,7 @@ class _Table(dict[tuple[str, ...], S]):
         return made
 
 
-class _Kind:
+class _Kind(accesslog.Kind):
     """Where requests of one kind are counted, and what was measured of the last ones.
 
     Kinds share a part of their counts: the tokens of a worker are those of all routes.
@@ -451,6 +461,7 @@ class _Kind:
     def __init__(
         self, record: Record, requests: _Count, outcome: _Count, duration: Histogram
     ) -> None:
+        super().__init__(record)
         self.attempts, self.rescued = record.attempts, record.rescued  # of each
         # Of each one: its seconds, those to its first byte and in the queue; tokens of
         # its prompt, cached ones, generated ones; seconds of a slot and for each token.

@@ -206,7 +206,7 @@ def test_the_log_goes_to_standard_error_in_the_configured_form(
 ) -> None:
     logs.configure(Log(format=form))
     logs.configure(Log(format=form))  # it replaces the first one
-    accesslog.write(REQUEST)
+    accesslog.write(REQUEST, accesslog.Kind(REQUEST))
     out, err = capsys.readouterr()
     assert out == ""
     [line] = err.splitlines()
@@ -253,12 +253,12 @@ def test_the_access_log_can_be_switched_off_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.configure(Log(access=False))
-    accesslog.write(REQUEST)
+    accesslog.write(REQUEST, accesslog.Kind(REQUEST))
     logging.getLogger("gollama_proxy.test").info("message")
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith("info message")
     logs.configure(Log())
-    accesslog.write(REQUEST)
+    accesslog.write(REQUEST, accesslog.Kind(REQUEST))
     assert REQUEST.id in capsys.readouterr().err
 
 
@@ -284,7 +284,7 @@ def test_lines_carry_their_priority_where_the_journal_reads_them(
         logger = logging.getLogger("gollama_proxy.test")
         for level in ("debug", "info", "warning", "error", "critical"):
             getattr(logger, level)("message")
-        accesslog.write(REQUEST)
+        accesslog.write(REQUEST, accesslog.Kind(REQUEST))
         journal.seek(0)
         assert [line[:3] for line in journal] == [
             *("<7>", "<6>", "<4>", "<3>", "<2>"),
@@ -320,7 +320,7 @@ def test_a_process_without_standard_error_logs_nothing(
     monkeypatch.setattr(sys, "stderr", None)
     logs.configure(Log())
     logging.getLogger("gollama_proxy.test").warning("message")
-    accesslog.write(REQUEST)
+    accesslog.write(REQUEST, accesslog.Kind(REQUEST))
 
 
 @configured
@@ -882,11 +882,17 @@ def test_lines_are_written_before_the_end_or_a_crash() -> None:
 
         async def command(signals):
             logs.configure(Log())
-            accesslog.write(accesslog.Record(end, "GET"))
+            record = accesslog.Record(name, "GET")
+            accesslog.write(record, accesslog.Kind(record))
             exec(end)
             return 0
 
-        for end in ("pass", "raise ZeroDivisionError", "raise SystemExit(3)"):
+        ends = {
+            "ended": "pass",
+            "crashed": "raise ZeroDivisionError",
+            "left": "raise SystemExit(3)",
+        }
+        for name, end in ends.items():
             if not (child := os.fork()):
                 raise SystemExit(run_loop(command))
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -899,10 +905,10 @@ def test_lines_are_written_before_the_end_or_a_crash() -> None:
     )
     assert done.stdout.split() == ["0", "1", "3"]
     ended, crashed, *traceback, left = done.stderr.splitlines()
-    assert ended.endswith("id=pass")
-    assert crashed.endswith("id=raise ZeroDivisionError")
+    assert ended.endswith("id=ended")
+    assert crashed.endswith("id=crashed")
     assert traceback[-1] == "ZeroDivisionError"
-    assert left.endswith("id=raise SystemExit(3)")
+    assert left.endswith("id=left")
 
 
 # --- Throttle ---------------------------------------------------------------------
