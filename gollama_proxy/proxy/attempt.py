@@ -29,7 +29,13 @@ from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.tasks import held_up, spawn
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
-from gollama_proxy.wire.answer import build_of, first_model, model_of
+from gollama_proxy.wire.answer import (
+    Report,
+    build_of,
+    first_model,
+    model_of,
+    read_answer,
+)
 from gollama_proxy.wire.assemble import AssemblyError, LostTextError
 from gollama_proxy.wire.errors import (
     Code,
@@ -412,19 +418,30 @@ def failure_of_model(worker: str, model: str) -> Failure:
     return Failure(Cause.MODEL, answer)
 
 
-def looks_right(x: Exchange, worker: Worker, relay: Relay) -> bool:
+def report_of(x: Exchange, relay: Relay) -> Report | None:
+    """Read what an answer reports unless it streams or has not come completely."""
+    body = None if relay.is_event_stream else relay.held_body()
+    return None if body is None else read_answer(body, x.endpoint.api, x.body.answers)
+
+
+def looks_right(
+    x: Exchange, worker: Worker, relay: Relay, report: Report | None
+) -> bool:
     """Whether an answer begins as it should, as nearly all do."""
     held = relay.held
     if relay.status >= 400:
         return False
-    if build := build_of(held):
-        worker.see_build(build)
     if relay.is_event_stream:
         if held.find(b'"error"') >= 0 or held.find(b'"message"') >= 0:
             return False  # `in` takes twice as long
     elif held[:8] == b'{"error"' or x.resume is not None or x.delivery is not None:
         return False
-    name = first_model(held)
+    if report is not None:
+        name, build = report.model, report.build
+    else:
+        name, build = first_model(held), build_of(held)
+    if build:
+        worker.see_build(build)
     return name is None or worker.answer_names.knows(x.model, name)
 
 

@@ -47,6 +47,7 @@ from gollama_proxy.proxy.attempt import (
     looks_right,
     notify_client,
     release,
+    report_of,
     request_head,
     send,
     takes_comments,
@@ -66,7 +67,7 @@ from gollama_proxy.scheduling.turns import Priority, choose_priority
 from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
-from gollama_proxy.wire.answer import Usage, read_usage
+from gollama_proxy.wire.answer import Usage
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.errors import (
     Code,
@@ -423,11 +424,13 @@ class Proxy(Running):
             )
             x.enter(_STREAMING)
             sent = data = b""  # a prompt may be long, and so may an answer take
-            if not looks_right(x, worker, relay):
+            report = report_of(x, relay)
+            if not looks_right(x, worker, relay, report):
                 failure = await find_failure(x, relay, self._check_health)
                 if failure is not None:
                     self._charges.add_refused(x, relay, failure.cause)
                     return recovery.failed(x, lease, failure)
+                report = report_of(x, relay)  # the rest may have come
             # Passing it on
             now = self._clock()
             lease.first_token = now - lease.taken_at
@@ -435,12 +438,11 @@ class Proxy(Running):
                 worker.has_answered(lease)
             if x.first_byte is None:
                 x.first_byte = now - x.started
-            response = None if relay.is_event_stream else in_one_piece(x, relay)
-            if response is None:
+            if report is None:
                 return await self._relay(x, lease, relay)
-            used = read_usage(response.body, x.endpoint.api, body.answers)
-            self._charges.add(x, relay, used)
-            self._complete(x, lease, relay, used)
+            response = in_one_piece(x, relay)
+            self._charges.add(x, relay, report.usage)
+            self._complete(x, lease, relay, report.usage)
             return response
         except WorkerError as exc:
             if x.state is _CONNECTING:  # the worker has received nothing

@@ -298,11 +298,9 @@ def _ignore(error: AssemblyError) -> None:
     """Do nothing: no answer has begun."""
 
 
-def in_one_piece(x: Exchange, relay: Relay) -> Response | None:
-    """Return the answer if its whole body has arrived already, else None."""
-    body = None if relay.is_event_stream else relay.held_body()
-    if body is None:
-        return None
+def in_one_piece(x: Exchange, relay: Relay) -> Response:
+    """Return an answer whose whole body has come."""
+    body = relay.held
     x.bytes = len(body)
     if x.alias and x.names is not None:
         body = renamed(body, *x.names)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -77,18 +77,46 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     reading: Prefill | None = None
 
 
-def read_usage(body: bytes, api: Api, answers: int = 1) -> Usage:
-    """Read the usage of a whole answer; of several in a list, the sum.
+class Report(msgspec.Struct, frozen=True, gc=False):
+    """What a whole answer reports; None and "" for what it does not."""
 
-    `answers` is how many there are to each prompt, which counts once.
+    usage: Usage
+    model: str | None
+    build: str  # of llama-server
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.model!r}: {self.usage!r}>"
+
+
+def read_answer(body: bytes, api: Api, answers: int = 1) -> Report:
+    """Read a whole answer once.
+
+    `answers` is how many there are to each prompt, which counts once; the usage of
+    several answers in a list is their sum.
     """
     try:
         decoded = counted.decode(body)
-        if isinstance(decoded, Counted):
-            return _read_one(api, decoded)
-        usages = [_read_one(api, each) for each in decoded]
-    except UNREADABLE:
-        return NO_USAGE
+        if isinstance(decoded, list):
+            return Report(
+                _sum([_read_one(api, each) for each in decoded], answers), None, ""
+            )
+        usage = _read_one(api, decoded)
+    except UNREADABLE:  # it may be text, or JSON that others understand
+        return Report(NO_USAGE, first_model(body), build_of(body))
+    model, build = decoded.model, decoded.system_fingerprint
+    return Report(
+        usage,
+        model if isinstance(model, str) else None,
+        build if isinstance(build, str) else "",
+    )
+
+
+def read_usage(body: bytes, api: Api, answers: int = 1) -> Usage:
+    """Read the usage of a whole answer, as `read_answer` does."""
+    return read_answer(body, api, answers).usage
+
+
+def _sum(usages: Sequence[Usage], answers: int) -> Usage:
     prompts = [each.prompt for each in usages if each.prompt is not None]
     generated = [each.generated for each in usages if each.generated is not None]
     return Usage(

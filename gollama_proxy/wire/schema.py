@@ -357,6 +357,8 @@ class Reported(Private):
 class Counted(Private):
     """The fields beside the text; not those of an object that a model has written."""
 
+    model: Any = None
+    system_fingerprint: Any = None
     usage: Any = None
     timings: Any = None
     tokens_evaluated: Any = None

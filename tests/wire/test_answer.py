@@ -18,6 +18,7 @@ from gollama_proxy.wire.answer import (
     build_of,
     first_model,
     model_of,
+    read_answer,
     read_tail,
     read_usage,
 )
@@ -375,3 +376,25 @@ def test_the_first_model_is_what_a_plain_expression_finds(parts: list[bytes]) ->
 )
 def test_the_build_that_is_named(held: bytes, build: str) -> None:
     assert build_of(held) == build
+
+
+# --- All that a whole answer reports ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "model", "build"),
+    [
+        (b'{"model":"tiny","system_fingerprint":"b1-a"}', "tiny", "b1-a"),
+        (b'{"choices":[{"model":"other"}],"model":"tiny"}', "tiny", ""),
+        (b'{"model":null,"system_fingerprint":7}', None, ""),
+        (b'[{"model":"tiny"}]', None, ""),
+        (b'{"model":"tiny","system_fingerprint":"b1-a",', "tiny", "b1-a"),
+        (b"a text", None, ""),
+    ],
+)
+def test_a_whole_answer_names_its_model_and_build(
+    body: bytes, model: str | None, build: str
+) -> None:
+    report = read_answer(body, Api.OPENAI)
+    assert (report.model, report.build) == (model, build)
+    assert report.usage == Usage()
