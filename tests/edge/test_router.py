@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from aiohttp import web
@@ -133,8 +134,8 @@ async def dispatching(
     clock = clock or Clock()
     admission = Admission(loaded.queue, Clock())
     telemetry = Telemetry(Registry(loaded), admission, clock=clock)
-    none: Any = None
-    proxy = Proxy(loaded, routes, *[none] * 8, ended=telemetry.ended, clock=clock)
+    unused: Any = Mock()  # no request of these tests is for a worker
+    proxy = Proxy(loaded, routes, *[unused] * 8, ended=telemetry.ended, clock=clock)
     runner = web.ServerRunner(Server(proxy, loaded, proxy.refused), shutdown_timeout=1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
