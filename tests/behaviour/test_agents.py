@@ -387,7 +387,10 @@ MAC = "00:11:22:aa:bb:cc"
 async def test_an_idle_machine_is_suspended(tmp_path: Path) -> None:
     """By systemd; the hub keeps its worker, to wake it when it is needed."""
     systemctl = tmp_path / "systemctl"
-    systemctl.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    systemctl.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/called\n'
+        f"until [ -e {tmp_path}/woken ]; do sleep 0.02; done\n"
+    )
     systemctl.chmod(0o755)
     granted, path = {"scope": "worker"}, f"{tmp_path}:{os.environ['PATH']}"
     async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
@@ -396,12 +399,14 @@ async def test_an_idle_machine_is_suspended(tmp_path: Path) -> None:
             *(*arguments, "--sleep-after", "1s"),
             token=hub.token("desk", **granted),
             environ={"PATH": path},
+            module="tests.fakes.hasty_agent",
         ) as agent:
             await agent.until("suspending this machine")
             await until((tmp_path / "called").exists, "a call of systemctl")
             [record] = hub.hub.registry.workers
             assert record.config.mac == MAC
             assert record.state is WorkerState.ASLEEP
+            (tmp_path / "woken").touch()
             await agent.until("this machine is awake again")
             await until(lambda: record.state is WorkerState.READY, "it is used again")
     assert (tmp_path / "called").read_text() == "suspend\n"
@@ -415,9 +420,10 @@ async def test_a_machine_that_cannot_sleep_stays_in_the_fleet(tmp_path: Path) ->
     async with ScriptedWorker() as worker, running_hub(**LONG) as hub:
         arguments = ("--hub", hub.url, "--worker", worker.url, "--mac", MAC)
         async with AgentProcess.serving(
-            *(*arguments, "--sleep-after", "2s"),
+            *(*arguments, "--sleep-after", "1s"),
             token=hub.token("desk", **granted),
             environ={"PATH": path},
+            module="tests.fakes.hasty_agent",
         ) as agent:
             await agent.until("this machine cannot be suspended: Access denied")
             [record] = hub.hub.registry.workers

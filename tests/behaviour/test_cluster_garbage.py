@@ -66,6 +66,7 @@ def _usual_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "PATIENCE", 0.5)
     for module in (store_module, members, sharing):
         monkeypatch.setattr(module, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(store_module, "BACK_OFF_MAX", 0.2)
 
 
 @contextlib.asynccontextmanager

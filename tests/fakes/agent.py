@@ -21,10 +21,15 @@ class AgentProcess(Program):
     @classmethod
     @contextlib.asynccontextmanager
     async def serving(
-        cls, *arguments: str, token: str = "", environ: Mapping[str, str] | None = None
+        cls,
+        *arguments: str,
+        token: str = "",
+        environ: Mapping[str, str] | None = None,
+        module: str = "gollama_proxy",
     ) -> AsyncIterator[AgentProcess]:
         variables = bare() | {"GOLLAMA_TOKEN": token} | dict(environ or {})
-        async with cls.running("agent", *arguments, environ=variables) as agent:
+        command = ("agent", *arguments)
+        async with cls.running(*command, environ=variables, module=module) as agent:
             yield agent
 
     async def started(self, times: int = 1) -> int:

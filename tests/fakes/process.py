@@ -183,12 +183,16 @@ class Program:
         cls,
         *arguments: str,
         environ: Mapping[str, str],
+        module: str = "gollama_proxy",
         program: Sequence[str] = (),
         python: str | Path = sys.executable,
         cwd: Path = forks.ROOT,
         descriptors: Sequence[int] = (),
     ) -> AsyncIterator[Self]:
-        """Run a program of Python, or else a fork with descriptors as of systemd."""
+        """Run a program of Python, or else a fork with descriptors as of systemd.
+
+        Another `module` is one that runs the same command and does more.
+        """
         process: asyncio.subprocess.Process | forks.Process
         if program:
             process = await asyncio.create_subprocess_exec(
@@ -201,7 +205,7 @@ class Program:
             )
         else:
             process = await forks.start(
-                *("gollama_proxy", *arguments),
+                *(module, *arguments),
                 environ=environ,
                 cwd=cwd,
                 descriptors=descriptors,
