@@ -303,10 +303,14 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
             if generated is None:
                 generated = counts.get("tokens_predicted")
     if timings:
-        times = _counts(timings)
-        if prompt is None and ("prompt_n" in times or "cache_n" in times):
-            prompt = times.get("prompt_n", 0) + times.get("cache_n", 0)
-        predicted = times.get("predicted_n")
+        if prompt is None:
+            fresh, kept = (
+                _count(timings.get("prompt_n")),
+                _count(timings.get("cache_n")),
+            )
+            if fresh is not None or kept is not None:
+                prompt = (fresh or 0) + (kept or 0)
+        predicted = _count(timings.get("predicted_n"))
         if generated is None or generated == predicted:
             # A llama-server reports one of several answers; the others are as long.
             several = answers if api in _SEVERAL else 1
@@ -318,7 +322,7 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
 
 
 def _cached(details: object) -> int | None:
-    return _counts(details).get("cached_tokens") if details else None
+    return _count(details.get("cached_tokens")) if isinstance(details, dict) else None
 
 
 def _timed(timings: _Fields) -> Prefill | None:
@@ -332,15 +336,18 @@ def _timed(timings: _Fields) -> Prefill | None:
         return None
 
 
-def _counts(fields: object) -> dict[str, int]:
+def _counts(fields: _Fields) -> dict[str, int]:
     """Return the fields that are numbers of tokens and can be true."""
-    if not isinstance(fields, dict):
-        return {}
     counts = {}
     for name, value in fields.items():  # a comprehension costs a call
         if type(value) is int and 0 <= value < _MOST_TOKENS:
             counts[name] = value  # noqa: PERF403
     return counts
+
+
+def _count(value: object) -> int | None:
+    """Return a number of tokens if it can be true."""
+    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
 
 
 # --- How a stream ended -----------------------------------------------------------
