@@ -62,7 +62,7 @@ MODULES: dict[str, list[str]] = {
         "scheduling/test_policies*.py",
     ],
     "scheduling/hints": [],
-    "scheduling/queue": [],
+    "scheduling/queue": ["scheduling/test_sharing.py"],
     "scheduling/turns": [],
     "state/members": [],
     "state/slots": ["scheduling/test_sharing.py"],

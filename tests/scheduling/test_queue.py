@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from gollama_proxy.config.settings import Config, Origin, Retry, WorkerConfig
 from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.fleet.lease import Lease, Result
+from gollama_proxy.fleet.state import Hold
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.plan import Plan
@@ -121,6 +122,11 @@ def test_where_a_slot_is_free_a_request_has_it_at_once() -> None:
     assert (leases[0].model, leases[0].slot) == ("m", True)
     assert (first.ticket is not None, third.ticket) == (True, None)
     assert not hub.timers.made
+    batch = hub.request("d", priority=Priority.BATCH)
+    leases[0].release(Result.COMPLETE)
+    assert hub.queue.try_acquire(batch) is not None
+    assert batch.ticket is not None
+    assert (batch.ticket.model, batch.ticket.priority) == ("m", Priority.BATCH)
 
 
 def test_what_does_not_generate_needs_no_slot() -> None:
@@ -129,7 +135,7 @@ def test_what_does_not_generate_needs_no_slot() -> None:
     request = hub.request(needs_slot=False)
     lease = hub.queue.try_acquire(request)
     assert lease is not None
-    assert (lease.slot, request.ticket) == (False, None)
+    assert (lease.model, lease.slot, request.ticket) == ("m", False, None)
     take_out(*hub.workers)
     assert hub.queue.try_acquire(hub.request(needs_slot=False)) is None
 
@@ -250,6 +256,11 @@ async def test_other_settings_hold_for_requests_that_come() -> None:
             hub.timers.advance(5.0)
             await refused(after, Code.QUEUE_TIMEOUT)
             assert len(notices) == 1, "only the first is to be notified"
+        hub.queue.reconfigure(Settings(size=256, timeout=60.0, notice=3.0))
+        async with hub.waiting(hub.request("dan"), 0.0, notify):
+            hub.timers.advance(3.0)
+            await turn()
+            assert len(notices) == 2
         assert not before.done()
 
 
@@ -354,6 +365,34 @@ async def test_where_all_workers_were_removed_the_fallback_is_asked() -> None:
         take_out(hub.workers[0])
         hub.queue.look_again()
         assert (await task).worker is hub.workers[1]
+
+
+async def test_a_worker_that_is_paused_is_not_waited_for() -> None:
+    hub = Hub("big", "small", fallbacks={"big": ("small",)})
+    hub.lease(model="big")
+    async with hub.waiting(hub.request("bob", "big")) as task:
+        hub.workers[0].hold(Hold.PAUSED)
+        await turn()
+        assert task.done()
+        assert (await task).worker is hub.workers[1]
+
+
+async def test_a_request_that_is_sent_to_its_fallback_goes_first_there() -> None:
+    hub = Hub("big", "small", fallbacks={"big": ("small",)})
+    hub.lease(model="big")
+    busy = hub.lease(model="small")
+    async with (
+        hub.waiting(hub.request("bob", "small")) as other,
+        hub.waiting(hub.request("eve", "big")) as task,
+    ):
+        hub.workers[0].hold(Hold.PAUSED)
+        await turn()
+        assert not task.done()
+        busy.release(Result.COMPLETE)
+        await turn()
+        assert not other.done()
+        assert task.done()
+        assert ((await task).worker, (await task).model) == (hub.workers[1], "small")
 
 
 async def test_where_all_workers_were_removed_without_a_fallback_it_fails() -> None:
@@ -708,6 +747,33 @@ async def test_a_client_is_notified_of_the_machine_that_wakes_for_it() -> None:
     lease.release(Result.COMPLETE)
 
 
+async def test_a_machine_that_has_failed_the_request_is_not_woken_for_it() -> None:
+    fleet = Fleet(2)
+    timers = Timers(fleet.clock)
+    made = Balancer(fleet.registry, Config(), fleet.clock)
+    queue = Queue(made, Settings(notice=2.0), fleet.clock, timers, fleet.waker)
+    notices: list[Place | Waking] = []
+
+    async def notify(place: Place | Waking) -> None:
+        notices.append(place)
+
+    request = Request(plan(made, fleet.pool))
+    request.plan.begin(fleet.workers[0])
+    task = asyncio.create_task(queue.acquire(request, 0.0, notify), name="request")
+    await turn()
+    assert fleet.packets == ["w1"]
+    timers.advance(2.0)
+    await turn()
+    assert notices == [Waking("w1")]
+    queue.look_again()
+    await turn()
+    assert not task.done()
+    fleet.rise(fleet.workers[1])
+    lease = await task
+    assert lease.worker is fleet.workers[1]
+    lease.release(Result.COMPLETE)
+
+
 # --- With the event loop's timers -------------------------------------------------
 
 
@@ -849,6 +915,17 @@ async def test_while_requests_wait_the_queue_reports_it() -> None:
     async with hub.waiting(hub.request()):
         assert calls == [True]
     assert not hub.queue.waits
+
+
+def test_a_request_that_waits_for_a_lease_counts_for_no_limit() -> None:
+    hub = Hub("m", "m")
+    hub.balancer.policy = InOrder()
+    hub.workers[0].allot(0, scarce=False)
+    request = hub.request(max_concurrency=1)
+    assert hub.queue.try_acquire(request) is None
+    assert request.ticket is None
+    hub.workers[0].allot(1)
+    assert hub.queue.try_acquire(hub.request(max_concurrency=1)) is not None
 
 
 async def test_a_slot_that_is_granted_to_a_subject_goes_to_its_oldest_request() -> None:
