@@ -1,10 +1,13 @@
 """The record of ended requests, and what the page of metrics shows.
 
-Requests are counted in plain integers, which are read at a scrape.  The values of
-labels are bounded: routes are those of the table, outcomes those of the error codes.
-Clients can make up models where a worker serves `qwen*`, agents come with new names,
-and a hub for a large company has many subjects: the first ones each get a label, and
-later ones share the label "other".
+A request only keeps what it has measured, with its kind: all that its line and its
+counts share with other requests.  What was kept is counted at a scrape, or when it is
+much.
+
+The values of labels are bounded: routes are those of the table, outcomes those of the
+error codes.  Clients can make up models where a worker serves `qwen*`, agents come with
+new names, and a hub for a large company has many subjects: the first ones each get a
+label, and later ones share the label "other".
 """
 
 from __future__ import annotations
@@ -73,7 +76,8 @@ if TYPE_CHECKING:
 MOST_MODELS = 200
 MOST_WORKERS = 2000
 MOST_PAIRS = 5000  # of a subject and a model
-MOST_KINDS = 200  # of requests that are not counted yet
+MOST_KINDS = 5000  # of requests: by sender, model, worker, outcome, …
+MOST_UNCOUNTED = 200  # of these kinds
 LONGEST = 256  # characters of a label; 200 histograms of longer ones fill a page
 OTHER = "other"
 
@@ -202,7 +206,7 @@ class RequestMetrics:
         self.subjects = Names(subjects)
         self._workers = Names(MOST_WORKERS)
         # Where to count what; found again when it was forgotten.
-        self._kinds: dict[tuple[object, ...], _Kind] = BoundedDict(MOST_PAIRS)
+        self._kinds: dict[tuple[object, ...], _Kind] = BoundedDict(MOST_KINDS)
         self._uncounted: list[_Kind] = []  # those with requests that are not counted
         # By label values, in the order of their first use.
         self._requests = _Table(REQUESTS, _Count)
@@ -283,7 +287,7 @@ class RequestMetrics:
         number = len(kind.measured)
         if number == 1:
             self._uncounted.append(kind)
-            if len(self._uncounted) > MOST_KINDS:
+            if len(self._uncounted) > MOST_UNCOUNTED:
                 self._count()
         elif number >= MOST_VALUES:
             kind.count()
