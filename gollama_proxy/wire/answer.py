@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -268,12 +268,13 @@ def _decoded(fields: bytes) -> dict[str, Any]:
 _MOST_TOKENS = 10**8
 NO_USAGE = Usage()
 _GENERATED = ("completion_tokens", "output_tokens")
+_TIMES = ("prompt_n", "cache_n", "predicted_n")  # of llama-server's timings
 _SEVERAL = (Api.OPENAI, Api.NATIVE)  # may answer a prompt more than once
 
 
 def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage:
     """Read the fields as their API defines them, and else llama-server's timings."""
-    counts = _counts(usage) if usage else {}
+    counts = _counts(usage, usage) if usage else {}
     cached: int | None
     if api is _ANTHROPIC:
         # `input_tokens` leaves out the other two (Messages API, `usage`).
@@ -303,14 +304,10 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
             if generated is None:
                 generated = counts.get("tokens_predicted")
     if timings:
-        if prompt is None:
-            fresh, kept = (
-                _count(timings.get("prompt_n")),
-                _count(timings.get("cache_n")),
-            )
-            if fresh is not None or kept is not None:
-                prompt = (fresh or 0) + (kept or 0)
-        predicted = _count(timings.get("predicted_n"))
+        times = _counts(timings, _TIMES)
+        if prompt is None and ("prompt_n" in times or "cache_n" in times):
+            prompt = times.get("prompt_n", 0) + times.get("cache_n", 0)
+        predicted = times.get("predicted_n")
         if generated is None or generated == predicted:
             # A llama-server reports one of several answers; the others are as long.
             several = answers if api in _SEVERAL else 1
@@ -322,7 +319,9 @@ def _usage_of(api: Api, usage: _Fields, timings: _Fields, answers: int) -> Usage
 
 
 def _cached(details: object) -> int | None:
-    return _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    if not isinstance(details, dict):
+        return None
+    return _counts(details, ("cached_tokens",)).get("cached_tokens")
 
 
 def _timed(timings: _Fields) -> Prefill | None:
@@ -336,18 +335,14 @@ def _timed(timings: _Fields) -> Prefill | None:
         return None
 
 
-def _counts(fields: _Fields) -> dict[str, int]:
-    """Return the fields that are numbers of tokens and can be true."""
+def _counts(fields: _Fields, names: Iterable[str]) -> dict[str, int]:
+    """Return those of the fields that are numbers of tokens and can be true."""
     counts = {}
-    for name, value in fields.items():  # a comprehension costs a call
+    for name in names:  # a comprehension costs a call
+        value = fields.get(name)
         if type(value) is int and 0 <= value < _MOST_TOKENS:
-            counts[name] = value  # noqa: PERF403
+            counts[name] = value
     return counts
-
-
-def _count(value: object) -> int | None:
-    """Return a number of tokens if it can be true."""
-    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
 
 
 # --- How a stream ended -----------------------------------------------------------
