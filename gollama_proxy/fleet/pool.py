@@ -371,6 +371,8 @@ class Pools:
         The client's own `fallbacks`, if there are any, replace the configured ones of
         the model.  Fallbacks that its token does not allow are skipped.
         """
+        if not (fallbacks or self._fallbacks):
+            return (pool,)
         model = pool.model
         wanted = fallbacks or self._fallbacks.get(model, ())
         if not wanted and model.endswith(LATEST):

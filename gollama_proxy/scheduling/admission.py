@@ -135,8 +135,7 @@ class Admission:
         if holder.withheld or (self.waiting and self._is_behind(model, priority)):
             self._forget(holder)
             return None
-        number, running = next(self._numbers), _RUNNING
-        ticket = Ticket(number, subject, model, priority, state=running)
+        ticket = Ticket(next(self._numbers), subject, model, priority, state=_RUNNING)
         holder.running += 1
         if limit:
             holder.review()
@@ -255,7 +254,7 @@ class Admission:
         elif ticket.state is TicketState.WAITING:
             self._take_out(ticket, TicketState.LEFT)
         if not (holder.running or holder.rounds):
-            self._forget(holder)
+            del self._subjects[holder.name]
 
     def limited(self) -> dict[str, int]:
         """Return how many requests run here of each subject that has a limit."""
