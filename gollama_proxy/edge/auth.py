@@ -64,6 +64,12 @@ class Principal(msgspec.Struct, frozen=True, gc=False):
     tokens_per_day: int | None = None
     tokens_per_month: int | None = None
     priority: Priority = Priority.INTERACTIVE  # the highest class it may use
+    metered: bool = False  # set here: whether it has a quota (`quotas.py`)
+
+    def __post_init__(self) -> None:
+        limits = self.rpm, self.tpm, self.tokens_per_day, self.tokens_per_month
+        metered = any(limit is not None for limit in limits)
+        msgspec.structs.force_setattr(self, "metered", metered)
 
     def __repr__(self) -> str:  # without the other claims of the token
         return f"<Principal {self.subject!r}>"
@@ -280,12 +286,13 @@ class Authenticator:
         scope = claims.get("scope", "")
         if not isinstance(scope, str):  # RFC 8693, 4.2: one string, spaces between
             raise AuthError("scope is not a string")
+        limits: dict[str, Any] = {name: _limit(claims, name) for name in LIMITS}
         return Principal(
             subject,
             models,
             frozenset(scope.split()),
             expires,
-            **{name: _limit(claims, name) for name in LIMITS},
+            **limits,
             priority=_priority(claims),
         )
 

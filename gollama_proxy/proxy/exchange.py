@@ -304,12 +304,7 @@ class Proxy(Running):
             x.priority = choose_priority(priority, caller.priority)
         if config.upstream.usage == "always":
             x.counted = True
-        if (
-            caller.rpm is not None
-            or caller.tpm is not None
-            or caller.tokens_per_day is not None
-            or caller.tokens_per_month is not None
-        ):
+        if caller.metered:
             self._charges.take_quota(x, caller)
         x.body = body = Body(request, endpoint, config)
         if EXPECT in request.headers:
