@@ -265,16 +265,16 @@ async def test_no_inserted_byte_makes_a_bad_token_valid(where: str, byte: int) -
             untouched(worker)
 
 
-async def flips_are_refused(token: bytes, **settings: Any) -> None:
-    """Send a token once with each of its bits flipped."""
+async def flips_are_refused(token: bytes, bits: int = 8, **settings: Any) -> None:
+    """Send a token with so many bits of each of its bytes flipped, one at a time."""
     start = request_head("POST", CHAT, headers=[("Content-Length", str(len(BODY)))])
     start = start[:-2] + b"Authorization: Bearer "
     async with ScriptedWorker() as worker, running_hub(worker, **settings) as hub:
         wire: Wire | None = None
         for position in range(len(token)):
-            for bit in range(8):
+            for bit in range(bits):
                 flipped = bytearray(token)
-                flipped[position] ^= 1 << bit
+                flipped[position] ^= 1 << (position + bit) % 8
                 wire = wire or await hub.wire()
                 await wire.send(start + bytes(flipped) + b"\r\n\r\n" + BODY)
                 response = await wire.read_response()
@@ -302,9 +302,9 @@ async def test_a_flipped_bit_makes_a_token_invalid_for_a_public_key(
     file = tmp_path / "public.pem"
     file.write_text(pair.public)
     token = jwt.encode({"sub": "a", "exp": NOW + 3_600}, pair.key, algorithm)
-    await flips_are_refused(
-        token.encode(), auth__algorithm=algorithm, auth__public_key_file=file
-    )
+    # Two of each byte: the rest of the path is the same as for a secret.
+    settings = {"auth__algorithm": algorithm, "auth__public_key_file": file}
+    await flips_are_refused(token.encode(), bits=2, **settings)
 
 
 @pytest.mark.parametrize("configured", PUBLIC_KEY_ALGORITHMS)

@@ -196,9 +196,10 @@ def _load() -> None:
     """Import all of the program, also what it imports only when that is needed."""
     import gollama_proxy
 
-    for found in pkgutil.walk_packages(gollama_proxy.__path__, "gollama_proxy."):
-        if not found.name.endswith("__main__"):
-            importlib.import_module(found.name)
+    found = pkgutil.walk_packages(gollama_proxy.__path__, "gollama_proxy.")
+    names = [each.name for each in found if "__main__" not in each.name]
+    for name in (*names, "tomllib", "uvloop"):
+        importlib.import_module(name)
 
 
 def _serve(orders: socket.socket) -> _Order | None:
