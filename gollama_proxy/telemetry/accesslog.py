@@ -7,6 +7,7 @@ client chose are quoted, so that they cannot forge a line.
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -172,7 +173,7 @@ def _parts(record: Record, form: LineFormatter, level: int) -> tuple[str, ...]:
     opening = form.opening(level, "request", record.common())
     if opening is None:
         return ()
-    *numbers, name, trace = (f"{form.before}{each}{form.between}" for each in _MEASURED)
+    *numbers, name, trace = _names(form.before, form.between)
     shown = (
         *(record.first_byte is not None, True, record.prompt_tokens),
         *(record.cached_tokens, record.tokens, record.bytes),
@@ -185,6 +186,11 @@ def _parts(record: Record, form: LineFormatter, level: int) -> tuple[str, ...]:
         f"{mark}{trace}{mark}" if traced else mark,
         f"{mark}{form.end}" if traced else form.end,
     )
+
+
+@functools.lru_cache(maxsize=4)  # formats of the log
+def _names(before: str, between: str) -> tuple[str, ...]:
+    return tuple(f"{before}{name}{between}" for name in _MEASURED)
 
 
 def write(record: Record, kind: Kind) -> None:

@@ -205,9 +205,10 @@ class RequestMetrics:
         self.models = Names(MOST_MODELS)
         self.subjects = Names(subjects)
         self._workers = Names(MOST_WORKERS)
-        # Where to count what; found again when it was forgotten.
+        # What requests share, and where they are counted; found again when forgotten.
         self._kinds: dict[tuple[object, ...], _Kind] = BoundedDict(MOST_KINDS)
-        self._uncounted: list[_Kind] = []  # those with requests that are not counted
+        self._counts: dict[tuple[object, ...], _Counts] = BoundedDict(MOST_KINDS)
+        self._uncounted: list[_Counts] = []  # those with requests that are not counted
         # By label values, in the order of their first use.
         self._requests = _Table(REQUESTS, _Count)
         self._outcomes = _Table(OUTCOMES, _Count)
@@ -225,7 +226,7 @@ class RequestMetrics:
         self._limited = _Table(LIMITED, _Count)
 
     def __repr__(self) -> str:
-        return f"<RequestMetrics series={len(self._kinds)}>"
+        return f"<RequestMetrics series={len(self._counts)}>"
 
     def observe(self, record: Record) -> accesslog.Kind:
         """Count a request that has ended; return its kind.
@@ -243,15 +244,17 @@ class RequestMetrics:
             if streamed > 1:
                 each = lease.seconds / (streamed - 1)
         key = (
+            # Only its line shows these, the first `_ONLY_SHOWN`
             record.remote,
-            record.subject,
             record.method,
-            record.route,
             path and path[:MOST_PATH],
+            detail and detail[:MOST_DETAIL],
+            # Where it is counted
+            record.subject,
+            record.route,
             record.status,
             record.outcome,
             record.error,
-            detail and detail[:MOST_DETAIL],
             record.model,
             record.worker,
             record.attempts,
@@ -269,8 +272,9 @@ class RequestMetrics:
         )
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = self._find(record, streamed)
-        kind.measured.append(
+            kind = self._kinds[key] = self._find(record, streamed, key[_ONLY_SHOWN:])
+        counts = kind.counts
+        counts.measured.append(
             (
                 duration,
                 first,
@@ -283,53 +287,60 @@ class RequestMetrics:
             )
         )
         if trace is not None and trace.sampled:
-            kind.exemplify(trace.trace_id)
-        number = len(kind.measured)
+            counts.exemplify(trace.trace_id)
+        number = len(counts.measured)
         if number == 1:
-            self._uncounted.append(kind)
+            self._uncounted.append(counts)
             if len(self._uncounted) > MOST_UNCOUNTED:
                 self._count()
         elif number >= MOST_VALUES:
-            kind.count()
+            counts.count()
         return kind
 
-    def _find(self, record: Record, streamed: int) -> _Kind:
-        """Return where to count requests of this kind, by the labels of its names."""
+    def _find(self, record: Record, streamed: int, key: tuple[object, ...]) -> _Kind:
+        """Return a new kind of requests; many clients share its counts."""
+        counts = self._counts.get(key)
+        if counts is None:
+            counts = self._counts[key] = self._find_counts(record, streamed)
+        return _Kind(record, counts)
+
+    def _find_counts(self, record: Record, streamed: int) -> _Counts:
+        """Return where to count requests like this one, by the labels of its names."""
         route, prompt, tokens = record.route, record.prompt_tokens, record.tokens
         outcome = str(record.error or record.outcome or "")
         model = self.models.label(record.model)
         worker = self._workers.label(record.worker)
-        kind = _Kind(
+        counts = _Counts(
             record,
             self._requests[route, str(record.status), model, worker],
             self._outcomes[outcome, model, worker],
             self._duration[route, model, worker],
         )
         if record.first_byte is not None:
-            kind.first_byte = self._first_byte[route, model, worker]
+            counts.first_byte = self._first_byte[route, model, worker]
         if record.status == 429:
             subject = self.subjects.label(record.subject)
-            kind.limited = self._limited[subject, outcome]
+            counts.limited = self._limited[subject, outcome]
         if not model:
-            return kind
-        kind.usage = self._find_usage(record.subject, model)
+            return counts
+        counts.usage = self._find_usage(record.subject, model)
         if prompt or tokens:
-            kind.tokens = self._tokens[model, worker]
-            kind.prompts = self._sizes[model, "input"]
-            kind.answers = self._sizes[model, "output"]
+            counts.tokens = self._tokens[model, worker]
+            counts.prompts = self._sizes[model, "input"]
+            counts.answers = self._sizes[model, "output"]
         if record.attempts or record.steps:
-            kind.queued = self._queued[model, worker]
+            counts.queued = self._queued[model, worker]
         if streamed:
-            kind.first_token = self._first_token[model, worker]
-            kind.per_token = self._per_token[model, worker]
+            counts.first_token = self._first_token[model, worker]
+            counts.per_token = self._per_token[model, worker]
         if record.attempts > 1:
-            kind.retries = self._retries[model,]
+            counts.retries = self._retries[model,]
         if record.rescued:
-            kind.rescues = self._rescues[model, outcome]
+            counts.rescues = self._rescues[model, outcome]
         if record.fell_back:
             fell_back = self.models.label(record.fell_back)
-            kind.fallbacks = self._fallbacks[fell_back, model]
-        return kind
+            counts.fallbacks = self._fallbacks[fell_back, model]
+        return counts
 
     def _find_usage(self, subject: str, model: str) -> _Usage:
         subject = self.subjects.label(subject)
@@ -338,8 +349,8 @@ class RequestMetrics:
         return self._usage[subject, model]
 
     def _count(self) -> None:
-        for kind in self._uncounted:
-            kind.count()
+        for counts in self._uncounted:
+            counts.count()
         self._uncounted.clear()
 
     def collect(self) -> Iterator[Collected]:
@@ -445,10 +456,23 @@ class _Table(dict[tuple[str, ...], S]):
         return made
 
 
-class _Kind(accesslog.Kind):
-    """Where requests of one kind are counted, and what was measured of the last ones.
+_ONLY_SHOWN = 4
 
-    Kinds share a part of their counts: the tokens of a worker are those of all routes.
+
+class _Kind(accesslog.Kind):
+    """What requests share, with their counts."""
+
+    __slots__ = ("counts",)
+
+    def __init__(self, record: Record, counts: _Counts) -> None:
+        super().__init__(record)
+        self.counts = counts
+
+
+class _Counts:
+    """Where requests of some kinds are counted, and what was measured of the last ones.
+
+    A part is shared: the tokens of a worker are those of all routes.
     """
 
     __slots__ = (
@@ -465,7 +489,6 @@ class _Kind(accesslog.Kind):
     def __init__(
         self, record: Record, requests: _Count, outcome: _Count, duration: Histogram
     ) -> None:
-        super().__init__(record)
         self.attempts, self.rescued = record.attempts, record.rescued  # of each
         # Of each one: its seconds, those to its first byte and in the queue; tokens of
         # its prompt, cached ones, generated ones; seconds of a slot and for each token.
@@ -485,7 +508,7 @@ class _Kind(accesslog.Kind):
         self.fallbacks: _Count | None = None
 
     def __repr__(self) -> str:
-        return f"<Kind {self.requests.value} + {len(self.measured)}>"
+        return f"<Counts {self.requests.value} + {len(self.measured)}>"
 
     def count(self) -> None:
         """Count what was measured, and forget it."""
