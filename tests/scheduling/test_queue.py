@@ -942,6 +942,21 @@ async def test_a_slot_that_is_granted_to_a_subject_goes_to_its_oldest_request() 
         assert not hub.queue.grant(worker, "cid")
 
 
+async def test_a_slot_is_not_granted_to_a_request_that_its_worker_has_failed() -> None:
+    hub = Hub("m", "m")
+    one, two = hub.workers
+    for worker in hub.workers:
+        worker.allot(0)
+    request = hub.request("bob")
+    request.plan.begin(one)
+    async with hub.waiting(request) as bob:
+        one.allot(1)
+        assert not hub.queue.grant(one, "bob")
+        two.allot(1)
+        assert hub.queue.grant(two, "bob")
+        assert (await bob).worker is two
+
+
 async def test_a_request_wants_the_worker_that_its_policy_prefers_or_any() -> None:
     hub = Hub("m", "m")
     hub.balancer.policy = InOrder()
@@ -979,7 +994,13 @@ async def test_a_request_with_patience_leaves_a_slot_to_others() -> None:
             assert (await other).worker is one
         two.allot(1)
         assert hub.queue.grant(two, "bob")
-        assert (await bob).worker is two
+        lease = await bob
+        assert lease.worker is two
+    async with hub.waiting(hub.request("eve")) as eve:
+        lease.release(Result.COMPLETE)
+        await turn()
+        assert eve.done()
+        assert (await eve).worker is two
 
 
 async def test_a_request_that_prefers_a_worker_without_a_lease_waits_for_one() -> None:
