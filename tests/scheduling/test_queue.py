@@ -993,6 +993,7 @@ async def test_a_request_with_patience_leaves_a_slot_to_others() -> None:
             assert hub.queue.grant(one, "bob")
             assert (await other).worker is one
         two.allot(1)
+        assert not hub.queue.grant(two, "cid"), "it is for requests of another subject"
         assert hub.queue.grant(two, "bob")
         lease = await bob
         assert lease.worker is two
