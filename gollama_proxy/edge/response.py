@@ -77,9 +77,10 @@ def write_whole(
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client left")
     bodiless = status in _BODILESS
-    fields = f"{response.fields}{fields}"
-    if not bodiless:
-        fields = f"{fields}Content-Length: {len(body)}\r\n"
+    if bodiless:
+        fields = f"{response.fields}{fields}"
+    else:
+        fields = f"{response.fields}{fields}Content-Length: {len(body)}\r\n"
     data = head(request, status, fields, keep_alive=keep_alive)
     if bodiless or request.method == "HEAD":
         transport.write(data)
