@@ -8,9 +8,8 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import openai
 import pytest
 
 from tests.fakes.crowd import CountingWorker, acts_with, call, running_hubs
@@ -21,6 +20,9 @@ from tests.fakes.replies import MODEL
 from tests.fakes.script import chat_stream
 from tests.fakes.valkey import running_store
 from tests.fakes.waiting import DEADLINE, gone, until
+
+if TYPE_CHECKING:  # as it is slow to import
+    import openai
 
 
 class Gateways(NamedTuple):
@@ -53,6 +55,8 @@ async def gateways(folder: Path, *workers: CountingWorker) -> AsyncIterator[Gate
 
 
 def sdk(front: Gateway, retries: int = 2) -> openai.AsyncOpenAI:
+    import openai
+
     return openai.AsyncOpenAI(
         base_url=f"{front.url}/v1",
         api_key=mint(sub="alice"),
@@ -62,6 +66,8 @@ def sdk(front: Gateway, retries: int = 2) -> openai.AsyncOpenAI:
 
 
 async def test_what_clients_see_when_a_hub_is_killed(tmp_path: Path) -> None:
+    import openai
+
     gate = asyncio.Event()
     async with (
         CountingWorker(8) as worker,
