@@ -35,7 +35,8 @@ from gollama_proxy.control.page import LINK_LIFETIME
 from gollama_proxy.control.peers import MOST_READ, MOST_SENT, Peers
 from gollama_proxy.edge.quotas import REMEMBERED, SECONDS, Quotas
 from gollama_proxy.scheduling.admission import Admission
-from gollama_proxy.scheduling.hints import Hints, Reports
+from gollama_proxy.scheduling.hints import Hints
+from gollama_proxy.scheduling.reports import Reports
 from gollama_proxy.scheduling.sharing import Sharing
 from gollama_proxy.state.facts import (
     MOST_WRITTEN,

@@ -8,8 +8,8 @@ a stream, and assembles the answer for a client that did not ask for one.
 The client must not be able to notice.  A stream that cannot be folded faithfully raises
 `UnfoldableError`, and the request is sent again as its client wrote it.  This module
 has the parts that all APIs share, Anthropic's messages and llama-server's own API;
-assemble_openai.py has the rest, and proxy/rewrite.py decides which requests are sent as
-a stream.  Statements on llama-server are true of build b10068 (in
+assemble_openai.py has the rest, and requests.py decides which requests are sent as a
+stream.  Statements on llama-server are true of build b10068 (in
 tools/server/server-task.cpp, `to_json_oaicompat_chat` stands beside `…_chat_stream`);
 real answers are compared field by field in tests/real/test_assemble.py.
 

@@ -143,12 +143,12 @@ if __name__ == "__main__":
     from gollama_proxy.cli import main
     from gollama_proxy.control import events
     from gollama_proxy.fleet import health
-    from gollama_proxy.scheduling import hints
+    from gollama_proxy.scheduling import reports
     from gollama_proxy.state import shared
     from gollama_proxy.telemetry import logs
 
     # On a busy machine, what is done once a second would be a part of each request, and
     # so would be the writing of lines, which many requests share.
     health.PERIOD = events.EVERY = logs.DELAY = 3600.0
-    hints.PERIOD = shared.PERIOD = 3600.0
+    reports.PERIOD = shared.PERIOD = 3600.0
     sys.exit(main(sys.argv[1:]))

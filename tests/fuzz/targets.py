@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from gollama_proxy.config.settings import STREAMED
-from gollama_proxy.proxy.rewrite import ask_for_stream, ask_for_usage
 from gollama_proxy.scheduling.affinity import prefixes
 from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.wire import fields, sse
@@ -39,6 +38,7 @@ from gollama_proxy.wire.partial import (
     can_rescue,
     exhausted,
 )
+from gollama_proxy.wire.requests import ask_for_stream, ask_for_usage
 from gollama_proxy.wire.resume import Resumer, Transcript
 from gollama_proxy.wire.schema import ENDPOINTS, Api, Ending
 from gollama_proxy.wire.sse import Renamer, UsageHider, renamed

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gollama_proxy.proxy.rewrite import (
+from gollama_proxy.wire.requests import (
     ask_for_stream,
     ask_for_usage,
     choices_of,
@@ -239,7 +239,7 @@ def test_several_prompts_are_noticed() -> None:
 
 def test_a_request_for_a_stream_shows_its_size_alone() -> None:
     asked = ask_for_stream(b'{"prompt":"secret"}', ENDPOINTS["/v1/completions"])
-    assert repr(asked) == f"<Streaming {len(asked.body) if asked else 0} bytes>"
+    assert repr(asked) == f"<StreamRequest {len(asked.body) if asked else 0} bytes>"
 
 
 def test_a_response_with_a_stop_string_is_asked_for_in_one_piece() -> None:

@@ -1,4 +1,4 @@
-"""Reports reach the hubs that listen, those that start later, and nobody else."""
+"""Reports reach the hubs that listen, those that start later, and no other program."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 
 from gollama_proxy.fleet.breaker import BreakerState
-from gollama_proxy.scheduling import hints
-from gollama_proxy.scheduling.hints import Reports
+from gollama_proxy.scheduling import reports
+from gollama_proxy.scheduling.reports import Reports
 from gollama_proxy.state.members import Members
 from gollama_proxy.state.store import Store
 from tests.fakes.clock import Clock
@@ -61,7 +61,7 @@ async def hub(name: str, url: str, prefix: str = "gollama") -> AsyncIterator[Hub
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have news sent so soon that nothing waits for them."""
-    monkeypatch.setattr(hints, "PERIOD", 0.005)
+    monkeypatch.setattr(reports, "PERIOD", 0.005)
 
 
 @pytest.fixture(params=ENGINES)
@@ -102,7 +102,7 @@ async def test_a_hub_that_starts_later_knows_it_too(server: StoreServer) -> None
         await shares_key(one)
         for number in range(3):  # each copy has the turns since the last one
             one.pick(number)
-            one.clock.advance(hints.COPY)
+            one.clock.advance(reports.COPY)
             await until(lambda: not one.balancer.turns)
         teach(one.workers[1])
     async with hub("b", server.url) as late:
@@ -124,8 +124,8 @@ async def test_what_is_in_the_store_is_bounded_and_expires(
             return [await server.ask("PTTL", f"gollama:{name}") for name in names]
 
         while min(await lifetimes()) < 0:
-            one.clock.advance(hints.COPY)
-        limits = [hints.RECENT_FOR, hints.RATES_FOR]
+            one.clock.advance(reports.COPY)
+        limits = [reports.RECENT_FOR, reports.RATES_FOR]
         for left, limit in zip(await lifetimes(), limits, strict=True):
             assert limit / 2 < left <= limit
 
@@ -133,7 +133,7 @@ async def test_what_is_in_the_store_is_bounded_and_expires(
 async def test_too_many_speeds_are_made_anew(
     server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hints, "MOST_RATES", 2)
+    monkeypatch.setattr(reports, "MOST_RATES", 2)
     for name in ("old", "older"):
         await server.ask("HSET", "gollama:hints:rates", name, "{}")
     async with hub("a", server.url) as one:
@@ -164,8 +164,8 @@ async def test_a_store_that_comes_back_empty_has_the_key_and_the_speeds_again(
 
         def has_caught_up() -> bool:
             """It may have listened too late for the report, but not for the copy."""
-            one.clock.advance(hints.COPY)
-            other.clock.advance(hints.COPY)
+            one.clock.advance(reports.COPY)
+            other.clock.advance(reports.COPY)
             return "Memory of 1 " in other.memory
 
         await until(has_caught_up)
