@@ -13,7 +13,7 @@ from gollama_proxy.cluster import LIFE, REFRESH, SharedLimits
 from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.edge.quotas import SECONDS, Quotas
 from gollama_proxy.scheduling.admission import Admission
-from gollama_proxy.scheduling.turns import Ticket
+from gollama_proxy.scheduling.turns import Priority, Subject
 from gollama_proxy.state import link
 from gollama_proxy.state.ledger import Ledger
 from gollama_proxy.state.store import Store
@@ -52,7 +52,7 @@ class Hub:
         assert gauge is not None
         return gauge.remaining
 
-    def run(self, subject: str = "alice", limit: int = 2) -> Ticket | None:
+    def run(self, subject: str = "alice", limit: int = 2) -> Subject | None:
         return self.admission.admit(subject, MODEL, limit=limit)
 
     async def round(self, *, answered: bool = True) -> None:
@@ -194,19 +194,19 @@ async def test_a_subject_that_was_forgotten_begins_again(
 
 
 async def test_running_requests_at_all_hubs_count(a: Hub, b: Hub) -> None:
-    tickets = [a.run(), a.run()]
-    assert all(tickets)
+    holders = [a.run(), a.run()]
+    assert all(holders)
     await rounds(a, b)
     assert b.run() is None
-    assert not b.admission.would_admit("alice", MODEL, tickets[0].priority, 2)  # type: ignore[union-attr]
+    assert not b.admission.would_admit("alice", MODEL, Priority.INTERACTIVE, 2)
     assert b.run("bob") is not None
     assert b.run("alice", limit=0) is not None  # by a token without a limit
     waiting = b.admission.join("alice", MODEL, limit=2)
     assert b.admission.next([MODEL]) is None
     before = b.freed
-    for ticket in tickets:
-        assert ticket is not None
-        a.admission.leave(ticket)
+    for holder in holders:
+        assert holder is not None
+        a.admission.release(holder)
     await rounds(a, b)
     assert b.freed > before
     assert b.admission.next([MODEL]) is waiting

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from gollama_proxy.proxy.relay import Relay
     from gollama_proxy.proxy.response import Assembly, Stream
     from gollama_proxy.proxy.rewrite import Plainly
-    from gollama_proxy.scheduling.turns import Ticket
+    from gollama_proxy.scheduling.turns import Subject, Ticket
     from gollama_proxy.telemetry.tracing import Spans
     from gollama_proxy.wire.errors import ProxyError
     from gollama_proxy.wire.schema import Endpoint
@@ -87,7 +87,8 @@ class Exchange(Record):
     __slots__ = (
         *("alias", "answered", "asked", "body", "caller", "choices", "config"),
         *("counted", "cut", "delivery", "endpoint", "failure", "forwarded"),
-        *("hides_usage", "keep_alive", "lines", "loading", "lost", "max_concurrency"),
+        *("hides_usage", "holder", "keep_alive", "lines", "loading", "lost"),
+        *("max_concurrency",),
         *("needs_slot", "noticed_at", "plan", "priority", "relay", "repeated"),
         *("request", "resume", "rewritten", "sent", "spans", "state", "suspect"),
         *("ticket", "upload", "waited", "waiting_since"),
@@ -119,7 +120,8 @@ class Exchange(Record):
         self.counted = False  # its tokens must be known exactly
 
         # The attempts
-        self.ticket: Ticket | None = None  # its place in the queue
+        self.ticket: Ticket | None = None  # while it waits in the queue
+        self.holder: Subject | None = None  # once it was admitted to a slot
         self.relay: Relay | None = None
         self.upload: Upload | None = None  # of a long body
         self.loading = False  # the worker of this attempt must load the model first

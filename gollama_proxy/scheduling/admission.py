@@ -8,7 +8,7 @@ Theory of operation
 ===================
 
 `admit()`  lets a request pass at once, where a slot is free and no other request is
-           entitled to it.
+           entitled to it.  It needs no ticket; its subject's record holds its place.
 `join()`   lets it wait otherwise, if there is room.
 `next()`   names the request that gets a slot which has come free, of those that wait
            for these models.
@@ -16,6 +16,7 @@ Theory of operation
            turns of all subjects in the store, and it names the one that is next.
 `leave()`  ends a ticket, waiting or running.  It is called for each ticket, and at once
            when the client goes away.
+`release()` gives back the place of a request that runs and has no ticket, or no longer.
 
 There are no tasks and no futures here: `Queue` has those.  It calls `next()` when a
 slot comes free and when a request has joined or left, and ends each wait at its
@@ -71,8 +72,6 @@ GAIN = 1 / 8
 MOST_PATIENCE = 30.0
 AT_ONCE = 0.1  # seconds; a shorter wait was for the store, not for a slot
 FRESH = 1.0  # seconds for which the places stay valid once they were counted
-# Before Python 3.12, it takes long to look up a member of an enum in its class.
-_RUNNING, _DONE = TicketState.RUNNING, TicketState.DONE
 
 
 class Place(NamedTuple):
@@ -120,26 +119,22 @@ class Admission:
         model: str,
         priority: Priority = Priority.INTERACTIVE,
         limit: int = 0,
-    ) -> Ticket | None:
+    ) -> Subject | None:
         """Admit a request at once, as a slot is free for it; None if it has to wait.
 
         `limit` is the number of requests of the subject that may run at once; 0 is no
-        limit.
+        limit.  What is returned is given back with `release()`, once.
         """
         holder = self._subjects.get(subject)
-        if holder is None:
-            elsewhere = self.elsewhere.get(subject, 0) if limit else 0
-            holder = self._subjects[subject] = Subject(subject, limit, elsewhere)
-        elif holder.limit != limit:
-            self._limit(holder, limit)
+        if holder is None or holder.limit != limit:
+            holder = self._subject(subject, limit)
         if holder.withheld or (self.waiting and self._is_behind(model, priority)):
             self._forget(holder)
             return None
-        ticket = Ticket(next(self._numbers), subject, model, priority, state=_RUNNING)
         holder.running += 1
         if limit:
             holder.review()
-        return ticket
+        return holder
 
     def join(
         self,
@@ -246,13 +241,23 @@ class Admission:
         holder = self._subjects.get(ticket.subject)
         if holder is None:
             return
-        if ticket.state is _RUNNING:
-            ticket.state = _DONE
-            holder.running -= 1
-            if holder.limit:
-                holder.review()
+        if ticket.state is TicketState.RUNNING:
+            ticket.state = TicketState.DONE
+            self.release(holder)
         elif ticket.state is TicketState.WAITING:
             self._take_out(ticket, TicketState.LEFT)
+            self._forget(holder)
+
+    def keep(self, ticket: Ticket) -> Subject:
+        """End a ticket that runs; its place is given back with `release()`."""
+        ticket.state = TicketState.DONE
+        return self._subjects[ticket.subject]
+
+    def release(self, holder: Subject) -> None:
+        """End a request that runs."""
+        holder.running -= 1
+        if holder.limit:
+            holder.review()
         if not (holder.running or holder.rounds):
             del self._subjects[holder.name]
 
@@ -410,7 +415,7 @@ class Admission:
         waited = self._clock() - ticket.joined_at
         self._forecast(ticket.model).had_turn(at_once=waited < AT_ONCE)
         holder = self._subjects[ticket.subject]
-        self._take_out(ticket, _RUNNING)
+        self._take_out(ticket, TicketState.RUNNING)
         holder.running += 1
         holder.review()
 

@@ -35,7 +35,7 @@ from gollama_proxy.fleet.wake import Waker
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.admission import Admission, Place
 from gollama_proxy.scheduling.balancer import Balancer, Plan
-from gollama_proxy.scheduling.turns import Priority, Ticket
+from gollama_proxy.scheduling.turns import Priority, Subject, Ticket
 
 # Seconds between two notices to a client that waits.
 EVERY = 5.0
@@ -80,7 +80,8 @@ class Request(Protocol):
     @property
     def plan(self) -> Plan: ...
 
-    ticket: Ticket | None  # while it waits or runs
+    ticket: Ticket | None  # while it waits
+    holder: Subject | None  # once it was admitted
     waited: float  # seconds for which no worker was available for it
 
 
@@ -163,12 +164,12 @@ class Queue(Listener):
         free = [*filterfalse(_is_full, candidates)]  # a comprehension costs a call
         if not free:
             return None
-        new = request.ticket is None
-        if request.ticket is None:
-            request.ticket = admission.admit(
+        new = request.holder is None
+        if request.holder is None:
+            request.holder = admission.admit(
                 request.subject, model, request.priority, request.max_concurrency
             )
-            if request.ticket is None:
+            if request.holder is None:
                 return None
         patience = 0.0
         if plan.ask.prefixes and admission.waiting < admission.settings.size:
@@ -179,8 +180,8 @@ class Queue(Listener):
             return None
         if worker.short:
             if new:  # it has no claim to go before the requests of other hubs
-                admission.leave(request.ticket)
-                request.ticket = None
+                admission.release(request.holder)
+                request.holder = None
             return None
         return worker.lease(model)
 
@@ -203,7 +204,7 @@ class Queue(Listener):
             lease = self.try_acquire(request)
             if lease is not None:
                 return lease
-            first = first or request.ticket is not None
+            first = first or request.holder is not None
             if request.plan.candidates() or self._wakes_for(request):
                 lease = await self._wait_for_slot(request, notify, first=first)
                 if lease is not None:
@@ -221,9 +222,9 @@ class Queue(Listener):
 
     def leave(self, request: Request) -> None:
         """End the request's stay, which may let in another one of its subject."""
-        if request.ticket is not None:
-            self.admission.leave(request.ticket)
-            request.ticket = None
+        if request.holder is not None:
+            self.admission.release(request.holder)
+            request.holder = None
             if self._waiters:
                 self.hand_out()
 
@@ -259,16 +260,20 @@ class Queue(Listener):
         finally:
             timer.cancel()
             del self._waiters[ticket]
-            if lease is None:
+            request.ticket = None
+            if lease is not None:
+                request.holder = self.admission.keep(ticket)
+            else:
                 if ticket in self._passed_over:
                     self._passed_over.remove(ticket)
-                self.leave(request)
+                self.admission.leave(ticket)
+                self.hand_out()
         return lease
 
     def _join(self, request: Request, *, first: bool) -> Ticket:
-        if request.ticket is not None:
-            self.admission.leave(request.ticket)
-            request.ticket = None
+        if request.holder is not None:
+            self.admission.release(request.holder)
+            request.holder = None
         model = request.plan.pool.model
         subject, limit = request.subject, request.max_concurrency
         try:
@@ -276,7 +281,7 @@ class Queue(Listener):
                 subject, model, request.priority, limit, first=first
             )
         except BaseException:
-            self.hand_out()  # the ticket that was given up may let in another request
+            self.hand_out()  # the place that was given up may let in another request
             raise
         return request.ticket
 

@@ -85,7 +85,7 @@ def choose_priority(requested: str | None, allowed: Priority) -> Priority:
 
 
 class TicketState(enum.Enum):
-    """A ticket starts as waiting or running, and ends once."""
+    """A ticket starts as waiting, and ends once."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -95,7 +95,7 @@ class TicketState(enum.Enum):
 
 
 class Ticket:
-    """One request in the admission queue.  Only `Admission` changes it."""
+    """A request that has to wait for a slot.  Only `Admission` changes it."""
 
     __slots__ = ("joined_at", "model", "number", "priority", "state", "subject")
 
@@ -105,15 +105,14 @@ class Ticket:
         subject: str,
         model: str,
         priority: Priority,
-        joined_at: float = 0.0,
-        state: TicketState = TicketState.WAITING,
+        joined_at: float,
     ) -> None:
         self.number = number  # later tickets have higher ones; negative goes first
         self.subject = subject
         self.model = model
         self.priority = priority
-        self.joined_at = joined_at  # monotonic seconds; 0 if it never waited
-        self.state = state
+        self.joined_at = joined_at  # monotonic seconds
+        self.state = TicketState.WAITING
 
     @property
     def first(self) -> bool:

@@ -151,8 +151,8 @@ class Fleet:
                 waits = plan.can_wait(PATIENCE)
                 return ("waits_for_worker" if waits else "no_worker"), None
             code = "wakes"
-        if request.ticket is not None:
-            self.queue.admission.leave(request.ticket)
+        if request.holder is not None:
+            self.queue.admission.release(request.holder)
         model = request.plan.pool.model
         try:
             self.queue.admission.join(

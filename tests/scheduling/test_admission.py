@@ -28,7 +28,7 @@ from gollama_proxy.scheduling.admission import (
     Forecast,
     Place,
 )
-from gollama_proxy.scheduling.turns import Priority, Ticket, TicketState
+from gollama_proxy.scheduling.turns import Priority, Subject, Ticket, TicketState
 from gollama_proxy.wire.errors import Code, NoWorkerError
 from tests.fakes.clock import Clock
 
@@ -145,14 +145,27 @@ def test_leaving_twice_counts_once(end: str) -> None:
 
 def test_where_a_slot_is_free_no_request_waits() -> None:
     admission = make(0)
-    ticket = admission.admit("a", "m")
-    assert ticket is not None
-    assert (ticket.state, admission.running("a"), admission.waiting) == (
-        TicketState.RUNNING,
-        1,
-        0,
-    )
+    holder = admission.admit("a", "m")
+    assert holder is not None
+    assert (holder.name, admission.running("a"), admission.waiting) == ("a", 1, 0)
     assert not admission.turns
+    admission.release(holder)
+    assert admission.running("a") == 0
+    assert repr(admission) == "<Admission interactive=0 batch=0 subjects=0>"
+
+
+def test_a_ticket_that_was_admitted_gives_way_to_the_place_that_it_got() -> None:
+    admission = make()
+    ticket = admission.join("a", "m", limit=1)
+    assert admission.next("m") is ticket
+    holder = admission.keep(ticket)
+    for _ in range(2):
+        assert (ticket.state, admission.running("a")) == (TicketState.DONE, 1)
+        admission.leave(ticket)  # it has ended
+    waits = admission.join("a", "m", limit=1)
+    assert admission.next("m") is None
+    admission.release(holder)
+    assert admission.next("m") is waits
 
 
 def test_no_request_passes_those_with_the_next_turn() -> None:
@@ -260,7 +273,7 @@ def test_a_turn_at_one_model_of_a_worker_puts_its_subject_last_at_all() -> None:
     assert admission.admit("b", "z") is not None
     wait(admission, "aab", "y")
     assert running is not None
-    admission.leave(running)
+    admission.release(running)
     wait(admission, "a", "x")
     assert turns(admission, "xy") == "abaa"
 
@@ -312,19 +325,19 @@ def test_a_subject_back_below_its_limit_with_requests_running_is_no_newcomer() -
     running = [admission.admit("a", "m", limit=2) for _ in range(2)]
     wait(admission, "a", limit=2)
     assert running[0] is not None
-    admission.leave(running[0])
+    admission.release(running[0])
     wait(admission, "b")
     assert turns(admission) == "ba"
 
 
 def test_a_limit_counts_over_all_models() -> None:
     admission = make()
-    ticket = admission.admit("a", "x", limit=1)
+    running = admission.admit("a", "x", limit=1)
     wait(admission, "a", "y", limit=1)
     wait(admission, "a", "z", BATCH, limit=1)
     assert turns(admission, "xyz") == ""
-    assert ticket is not None
-    admission.leave(ticket)
+    assert running is not None
+    admission.release(running)
     assert admission.wanted() == {"y", "z"}
     assert turns(admission, "xyz") == "a"
 
@@ -586,6 +599,7 @@ class Admissions(RuleBasedStateMachine):
         self.displaced: list[Ticket] = []
         self.waiting: list[Ticket] = []
         self.running: list[Ticket] = []
+        self.admitted: list[Subject] = []  # an entry for each request
         self.ended: list[Ticket] = []
         self.limit: dict[str, int] = {}
         # The turns in some rounds since a subject could have had one there.
@@ -595,8 +609,11 @@ class Admissions(RuleBasedStateMachine):
 
     def at_limit(self, subject: str) -> bool:
         limit = self.limit.get(subject, 0)
-        running = [ticket.subject for ticket in self.running].count(subject)
-        return 0 < limit <= running
+        return 0 < limit <= self.runs(subject)
+
+    def runs(self, subject: str) -> int:
+        had_to_wait = [ticket.subject for ticket in self.running].count(subject)
+        return had_to_wait + [each.name for each in self.admitted].count(subject)
 
     def ready(self, models: str, most: Priority = BATCH) -> list[Ticket]:
         """List those that could be admitted, of the first class that has any."""
@@ -626,7 +643,8 @@ class Admissions(RuleBasedStateMachine):
 
     def forget(self, subject: str) -> None:
         """A subject without requests has no limit any more."""
-        if all(each.subject != subject for each in self.waiting + self.running):
+        waits = any(each.subject == subject for each in self.waiting)
+        if not (waits or self.runs(subject)):
             self.limit.pop(subject, None)
 
     # --- What happens ---
@@ -657,13 +675,13 @@ class Admissions(RuleBasedStateMachine):
     def comes_while_a_slot_is_free(
         self, subject: str, model: str, priority: Priority, limit: int
     ) -> None:
-        ticket = self.admission.admit(subject, model, priority, limit)
+        holder = self.admission.admit(subject, model, priority, limit)
         self.limit[subject] = limit
         has_to_wait = self.at_limit(subject) or self.ready(model, priority)
-        assert (ticket is None) == bool(has_to_wait)
-        if ticket is not None:
-            assert ticket.state is TicketState.RUNNING
-            self.running.append(ticket)
+        assert (holder is None) == bool(has_to_wait)
+        if holder is not None:
+            assert holder.name == subject
+            self.admitted.append(holder)
         self.forget(subject)
 
     @precondition(lambda self: self.waiting)
@@ -711,7 +729,7 @@ class Admissions(RuleBasedStateMachine):
         for model in "xy":
             listed = self.admission.in_turn(model, 100)
             left = {
-                each: limit - [one.subject for one in self.running].count(each)
+                each: limit - self.runs(each)
                 for each, limit in self.limit.items()
                 if limit
             }
@@ -746,6 +764,24 @@ class Admissions(RuleBasedStateMachine):
         self.ended.append(ticket)
         self.forget(ticket.subject)
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def a_ticket_becomes_a_place(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(self.running))
+        holder = self.admission.keep(ticket)
+        assert (holder.name, ticket.state) == (ticket.subject, TicketState.DONE)
+        self.running.remove(ticket)
+        self.ended.append(ticket)
+        self.admitted.append(holder)
+
+    @precondition(lambda self: self.admitted)
+    @rule(data=st.data())
+    def a_request_without_a_ticket_ends(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(self.admitted))
+        self.admission.release(holder)
+        self.admitted.remove(holder)
+        self.forget(holder.name)
+
     @precondition(lambda self: self.ended)
     @rule(data=st.data())
     def a_ticket_leaves_again(self, data: st.DataObject) -> None:
@@ -769,11 +805,11 @@ class Admissions(RuleBasedStateMachine):
             there = [each.priority for each in self.waiting].count(priority)
             assert self.admission.waiting_in(priority) == there
         for subject in "abcd":
-            running = [each.subject for each in self.running].count(subject)
-            assert self.admission.running(subject) == running
+            assert self.admission.running(subject) == self.runs(subject)
         assert {each.state for each in self.waiting} <= {TicketState.WAITING}
         assert {each.state for each in self.running} <= {TicketState.RUNNING}
         here = {each.subject for each in self.waiting + self.running}
+        here |= {each.name for each in self.admitted}
         assert self.admission._subjects.keys() == here
 
     @invariant()
@@ -851,15 +887,14 @@ def test_over_all_models_of_a_worker_no_subject_has_two_turns_while_another_wait
 
 
 def test_a_ticket_has_its_subject_from_the_first_moment() -> None:
-    """Whether it goes in past the admission or waits; the numbers rise."""
+    """And its model and class; the numbers rise."""
     admission = make()
-    admitted = admission.admit("a", "m", BATCH)
-    assert admitted is not None
-    joined = admission.join("b", "other", BATCH)
-    for ticket, subject, model in ((admitted, "a", "m"), (joined, "b", "other")):
+    first = admission.join("a", "m", BATCH)
+    second = admission.join("b", "other", BATCH)
+    for ticket, subject, model in ((first, "a", "m"), (second, "b", "other")):
         found = (ticket.subject, ticket.model, ticket.priority, ticket.first)
         assert found == (subject, model, BATCH, False)
-    assert 0 < admitted.number < joined.number
+    assert 0 < first.number < second.number
 
 
 def test_a_refusal_reports_the_pace_of_its_model() -> None:

@@ -25,7 +25,7 @@ from gollama_proxy.scheduling.admission import MOST_PATIENCE, Place
 from gollama_proxy.scheduling.balancer import Balancer
 from gollama_proxy.scheduling.policies import Ask, Fits
 from gollama_proxy.scheduling.queue import EVERY, Queue, Waking
-from gollama_proxy.scheduling.turns import Priority, Ticket
+from gollama_proxy.scheduling.turns import Priority, Subject, Ticket
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import Code, NoWorkerError
 from tests.fakes.clock import Clock
@@ -47,6 +47,7 @@ class Request:
     max_concurrency: int = 0
     needs_slot: bool = True
     ticket: Ticket | None = None
+    holder: Subject | None = None
     waited: float = 0.0
 
 
@@ -120,13 +121,14 @@ def test_where_a_slot_is_free_a_request_has_it_at_once() -> None:
     assert [lease and lease.worker.name for lease in leases] == ["w0", "w1", None]
     assert leases[0] is not None
     assert (leases[0].model, leases[0].slot) == ("m", True)
-    assert (first.ticket is not None, third.ticket) == (True, None)
+    assert (first.holder is not None, third.holder) == (True, None)
+    assert first.ticket is None  # it does not wait
     assert not hub.timers.made
     batch = hub.request("d", priority=Priority.BATCH)
     leases[0].release(Result.COMPLETE)
     assert hub.queue.try_acquire(batch) is not None
-    assert batch.ticket is not None
-    assert (batch.ticket.model, batch.ticket.priority) == ("m", Priority.BATCH)
+    assert batch.holder is not None
+    assert (batch.holder.name, batch.holder.running) == ("d", 1)
 
 
 def test_what_does_not_generate_needs_no_slot() -> None:
@@ -135,7 +137,7 @@ def test_what_does_not_generate_needs_no_slot() -> None:
     request = hub.request(needs_slot=False)
     lease = hub.queue.try_acquire(request)
     assert lease is not None
-    assert (lease.model, lease.slot, request.ticket) == ("m", False, None)
+    assert (lease.model, lease.slot, request.holder) == ("m", False, None)
     take_out(*hub.workers)
     assert hub.queue.try_acquire(hub.request(needs_slot=False)) is None
 
@@ -150,7 +152,7 @@ def test_a_subject_at_its_limit_is_not_admitted() -> None:
     assert hub.queue.try_acquire(hub.request(max_concurrency=1)) is not None
 
 
-def test_a_request_keeps_its_ticket_from_attempt_to_attempt() -> None:
+def test_a_request_keeps_its_place_from_attempt_to_attempt() -> None:
     hub = Hub("m", "m")
     request = hub.request(max_concurrency=1)
     for worker in hub.workers:
@@ -200,7 +202,7 @@ async def test_a_slot_that_comes_free_goes_to_the_request_that_waits() -> None:
         assert hub.workers[0].in_flight == 1  # before its task has run
         lease = await task
     assert lease.worker is hub.workers[0]
-    assert request.ticket is not None
+    assert (request.ticket, request.holder is not None) == (None, True)
     assert not hub.timers.pending
 
 
@@ -215,7 +217,8 @@ async def test_a_wait_that_is_too_long_ends() -> None:
         hub.timers.advance(0.1)
         error = await refused(task, Code.QUEUE_TIMEOUT)
     assert "within 5 s" in error.message
-    assert (request.ticket, hub.queue.admission.waiting) == (None, 0)
+    assert (request.ticket, request.holder) == (None, None)
+    assert hub.queue.admission.waiting == 0
     running.release(Result.COMPLETE)
     assert hub.workers[0].in_flight == 0
 
@@ -282,7 +285,7 @@ async def test_where_there_is_no_room_a_request_is_refused() -> None:
     hub.lease()
     request = hub.request("bob")
     await refused(hub.acquire(request), Code.QUEUE_FULL)
-    assert request.ticket is None
+    assert (request.ticket, request.holder) == (None, None)
 
 
 async def test_a_ticket_that_finds_no_room_may_let_in_another_one() -> None:
@@ -303,7 +306,8 @@ async def test_a_client_that_leaves_leaves_the_queue() -> None:
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
-    assert (request.ticket, hub.queue.admission.waiting) == (None, 0)
+    assert (request.ticket, request.holder) == (None, None)
+    assert hub.queue.admission.waiting == 0
     running.release(Result.COMPLETE)
     assert hub.workers[0].in_flight == 0
 
@@ -418,7 +422,8 @@ async def test_a_client_may_leave_just_when_all_workers_were_removed() -> None:
     async with hub.waiting(request):
         take_out(*hub.workers)
         hub.queue.look_again()
-    assert (request.ticket, hub.queue.admission.waiting) == (None, 0)
+    assert (request.ticket, request.holder) == (None, None)
+    assert hub.queue.admission.waiting == 0
 
 
 async def test_a_worker_that_is_removed_is_not_waited_for() -> None:
@@ -696,7 +701,8 @@ async def test_a_notice_that_fails_ends_the_wait() -> None:
         hub.timers.advance(2.0)
         with pytest.raises(ConnectionResetError):
             await task
-    assert (request.ticket, hub.queue.admission.waiting) == (None, 0)
+    assert (request.ticket, request.holder) == (None, None)
+    assert hub.queue.admission.waiting == 0
 
 
 async def test_without_a_time_there_are_no_notices() -> None:
@@ -923,7 +929,7 @@ def test_a_request_that_waits_for_a_lease_counts_for_no_limit() -> None:
     hub.workers[0].allot(0, scarce=False)
     request = hub.request(max_concurrency=1)
     assert hub.queue.try_acquire(request) is None
-    assert request.ticket is None
+    assert (request.ticket, request.holder) == (None, None)
     hub.workers[0].allot(1)
     assert hub.queue.try_acquire(hub.request(max_concurrency=1)) is not None
 
