@@ -107,7 +107,7 @@ def read_answer(body: bytes, api: Api, answers: int = 1) -> Report:
     return Report(
         usage,
         model if isinstance(model, str) else None,
-        build if isinstance(build, str) else "",
+        build if isinstance(build, str) and len(build) <= MOST_BUILD else "",
     )
 
 
@@ -141,7 +141,11 @@ def _read_one(api: Api, answer: Counted) -> Usage:
 # --- The first bytes of any answer ------------------------------------------------
 
 _MODEL = re.compile(rb'"model"\s{0,64}:\s{0,64}("(?:[^"\\]|\\.){1,4096}")', re.DOTALL)
-_BUILD = re.compile(rb'"system_fingerprint"\s{0,64}:\s{0,64}"([^"\\]{1,100})"')
+# Characters of a build; of what a worker reports of itself, no more are kept.
+MOST_BUILD = 100
+_BUILD = re.compile(
+    rb'"system_fingerprint"\s{0,64}:\s{0,64}"([^"\\]{1,%d})"' % MOST_BUILD
+)
 
 
 def first_model(held: bytes) -> str | None:

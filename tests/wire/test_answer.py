@@ -387,6 +387,8 @@ def test_the_build_that_is_named(held: bytes, build: str) -> None:
         (b'{"model":"tiny","system_fingerprint":"b1-a"}', "tiny", "b1-a"),
         (b'{"choices":[{"model":"other"}],"model":"tiny"}', "tiny", ""),
         (b'{"model":null,"system_fingerprint":7}', None, ""),
+        (b'{"system_fingerprint":"%b"}' % (b"x" * 100), None, "x" * 100),
+        (b'{"system_fingerprint":"%b"}' % (b"x" * 101), None, ""),
         (b'[{"model":"tiny"}]', None, ""),
         (b'{"model":"tiny","system_fingerprint":"b1-a",', "tiny", "b1-a"),
         (b"a text", None, ""),
