@@ -74,7 +74,7 @@ class SlidingWindow:
         return self._count
 
     def add(self, amount: int = 1) -> None:
-        clock = self._clock  # on an object, it takes three times as long to call
+        clock = self._clock  # a local is cheaper to call
         tick = int(clock() / self._width)
         if tick != self._tick:
             self._expire(tick)

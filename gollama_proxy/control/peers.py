@@ -122,14 +122,14 @@ class Peers:
         self._patience = PATIENCE if patience is None else patience
         self._clock = clock
         self._number = 0
-        self._asked: dict[int, _Asked] = {}
+        self._pending: dict[int, _Pending] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # that read or answer
         self._watchers: dict[str, float] = {}  # run ids, and until when
 
     def __repr__(self) -> str:
         return (
             f"<Peers of {self.name} others={len(self._members.others)} "
-            f"asked={len(self._asked)}>"
+            f"asked={len(self._pending)}>"
         )
 
     @property
@@ -198,7 +198,7 @@ class Peers:
             return Answers({}, [])
         self._number += 1
         number = self._number
-        asked = self._asked[number] = _Asked(wanted)
+        asked = self._pending[number] = _Pending(wanted)
         question = Question(
             hub=me.run,
             what=what,
@@ -213,7 +213,7 @@ class Peers:
         except TimeoutError:
             pass
         finally:
-            del self._asked[number]
+            del self._pending[number]
         missing = [name for run, name in wanted.items() if run not in asked.answers]
         found = {wanted[run]: value for run, value in asked.answers.items()}
         return Answers(found, missing)
@@ -261,7 +261,7 @@ class Peers:
         answer = await self._read(Answer, data)
         if answer is None:
             return
-        if asked := self._asked.get(answer.number):
+        if asked := self._pending.get(answer.number):
             asked.take(answer)
         elif not answer.number and answer.hub in self._members.others:
             try:
@@ -323,7 +323,7 @@ class Peers:
             await self._send(f"{self._channel}:{run}", news)
 
 
-class _Asked:
+class _Pending:
     """A question that waits for its answers."""
 
     def __init__(self, wanted: Mapping[str, str]) -> None:
@@ -332,7 +332,7 @@ class _Asked:
         self.complete = asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"<Asked answers={len(self.answers)} left={len(self._left)}>"
+        return f"<Pending answers={len(self.answers)} left={len(self._left)}>"
 
     def take(self, answer: Answer) -> None:
         if answer.hub not in self._left:

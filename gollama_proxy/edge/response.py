@@ -22,7 +22,9 @@ from gollama_proxy.wire.schema import Api
 SERVER = "gollama-proxy"
 JSON = "Content-Type: application/json\r\n"
 
-_FIRST = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n" for each in HTTPStatus}
+_STATUS_LINES = {
+    each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n" for each in HTTPStatus
+}
 # Statuses whose answers have no body (RFC 9110, 6.4.1).
 _BODILESS = frozenset({204, 304})
 
@@ -97,29 +99,29 @@ def head(request: BaseRequest, status: int, fields: str, *, keep_alive: bool) ->
     The version is the client's, if the hub conforms to it (RFC 9110, 6.2: a server must
     not claim any other).
     """
-    first, connection = _FIRST.get(status) or f"HTTP/1.1 {status} \r\n", ""
+    first, connection = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n", ""
     if request.version == (1, 0):
         first = first.replace("1.1", "1.0", 1)
         connection = "Connection: keep-alive\r\n" if keep_alive else ""
     elif not keep_alive:
         connection = "Connection: close\r\n"
     now = time.time()
-    if now >= _date.ends or now < _date.begins:
-        _date.set(now)
-    return f"{first}{fields}{connection}{_date.line}\r\n".encode("latin-1")
+    if now >= _date_line.ends or now < _date_line.begins:
+        _date_line.set(now)
+    return f"{first}{fields}{connection}{_date_line.text}\r\n".encode("latin-1")
 
 
-class _Date:
+class _DateLine:
     """The `Date` line of a second (RFC 9110, 6.6.1)."""
 
-    __slots__ = ("begins", "ends", "line")
+    __slots__ = ("begins", "ends", "text")
 
     def __init__(self) -> None:
         self.begins = self.ends = 0.0  # Unix time
-        self.line = ""
+        self.text = ""
 
     def __repr__(self) -> str:
-        return f"<Date {self.line!r}>"
+        return f"<DateLine {self.text!r}>"
 
     def set(self, second: float) -> None:
         """Write the line of another second."""
@@ -128,12 +130,12 @@ class _Date:
         self.ends = self.begins + 1
         day, month = _DAYS[now.tm_wday], _MONTHS[now.tm_mon]
         of_day = f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
-        self.line = (
+        self.text = (
             f"Date: {day}, {now.tm_mday:02} {month} {now.tm_year} {of_day} GMT\r\n"
         )
 
 
-_date = _Date()
+_date_line = _DateLine()
 # In English, whatever the locale is.
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = (

@@ -119,7 +119,7 @@ class Verdict(enum.Enum):
     NEUTRAL = "neutral"  # nothing: the client left, or sent a request that is wrong
 
 
-# Before Python 3.12, it takes long to look up a member of an enum in its class.
+# Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _NEUTRAL, _SUCCESS = Verdict.NEUTRAL, Verdict.SUCCESS
 
 

@@ -27,7 +27,7 @@ class Result(enum.Enum):
     WORKER_FAILED = "worker failed"
 
 
-# Before Python 3.12, it takes long to look up a member of an enum in its class.
+# Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _COMPLETE: Final = Result.COMPLETE
 _SUCCESS: Final = Verdict.SUCCESS
 
@@ -66,7 +66,7 @@ class Lease:
         self.worker = worker
         self.model = model
         self.slot = slot  # it takes one of the worker's slots
-        clock = worker.clock  # on an object, it takes three times as long to call
+        clock = worker.clock  # a local is cheaper to call
         self.taken_at = clock()
         self.released_at = 0.0  # when it was given back
         self.heard_at = -math.inf

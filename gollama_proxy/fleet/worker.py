@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Before Python 3.12, it takes long to look up a member of an enum in its class.
+# Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _COMPLETE: Final = Result.COMPLETE
 _NEUTRAL: Final = Verdict.NEUTRAL
 
@@ -383,7 +383,7 @@ class Worker(Offer):
     def take_back(self, lease: Lease, result: Result) -> None:
         """Free what a lease held; `Lease.release` calls this once."""
         beside = len(self.leases)
-        clock = self.clock  # on an object, it takes three times as long to call
+        clock = self.clock  # a local is cheaper to call
         self.used_at = lease.released_at = clock()
         self.leases.discard(lease)
         self._taken -= lease.slot

@@ -30,7 +30,7 @@ from gollama_proxy.tasks import held_up, spawn
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.answer import (
-    Report,
+    AnswerReport,
     build_of,
     first_model,
     model_of,
@@ -48,7 +48,7 @@ from gollama_proxy.wire.errors import (
 from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import Ending, EventError
 
-# Before Python 3.12, it takes long to look up a member of an enum in its class.
+# Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _CONNECTING, _WAITING = State.CONNECTING, State.WAITING
 _SECONDS = re.compile(r"\d+(?:\.\d*)?")
 
@@ -418,14 +418,14 @@ def failure_of_model(worker: str, model: str) -> Failure:
     return Failure(Cause.MODEL, answer)
 
 
-def report_of(x: Exchange, relay: Relay) -> Report | None:
+def report_of(x: Exchange, relay: Relay) -> AnswerReport | None:
     """Read what an answer reports unless it streams or has not come completely."""
     body = None if relay.is_event_stream else relay.held_body()
     return None if body is None else read_answer(body, x.endpoint.api, x.body.answers)
 
 
 def looks_right(
-    x: Exchange, worker: Worker, relay: Relay, report: Report | None
+    x: Exchange, worker: Worker, relay: Relay, report: AnswerReport | None
 ) -> bool:
     """Whether an answer begins as it should, as nearly all do."""
     held = relay.held
@@ -433,7 +433,7 @@ def looks_right(
         return False
     if relay.is_event_stream:
         if held.find(b'"error"') >= 0 or held.find(b'"message"') >= 0:
-            return False  # `in` takes twice as long
+            return False  # cheaper than `in`
     elif held[:8] == b'{"error"' or x.resume is not None or x.delivery is not None:
         return False
     if report is not None:

@@ -88,7 +88,7 @@ logger = logging.getLogger(__name__)
 
 # nginx's status for a client that left before the answer; only logs show it.
 CLIENT_CLOSED = 499
-# Before Python 3.12, it takes long to look up a member of an enum in its class.
+# Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _INTERACTIVE = Priority.INTERACTIVE
 _CONNECTING, _STREAMING = State.CONNECTING, State.STREAMING
 _DONE, _COMPLETE = Outcome.COMPLETE, Result.COMPLETE

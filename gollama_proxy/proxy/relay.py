@@ -350,7 +350,7 @@ class Relay:
     # --- Receiver: what the connection calls ---------------------------------------
 
     def head_received(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        clock = self._clock  # on an object, it takes three times as long to call
+        clock = self._clock  # a local is cheaper to call
         self._lease.heard_at = clock()
         self.status = status
         self.headers = headers

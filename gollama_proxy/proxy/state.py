@@ -18,7 +18,6 @@ import asyncio
 import enum
 import logging
 from collections.abc import Collection
-from math import floor
 from typing import TYPE_CHECKING
 
 from gollama_proxy.edge.response import SERVER
@@ -63,7 +62,7 @@ class State(enum.Enum):
     __hash__ = object.__hash__
 
 
-_READING, _ENDED = State.READING, State.ENDED  # see `exchange.py`
+_READING, _ENDED = State.READING, State.ENDED  # (benchmarks/RESULTS.md)
 _INTERACTIVE = Priority.INTERACTIVE
 _ATTEMPT = {State.QUEUED, State.CONNECTING, State.WAITING}  # where one begins
 
@@ -202,7 +201,7 @@ class Exchange(Record):
         return (
             f"{_BEFORE_ID}{self.id}\r\n{self.lines}X-Gollama-Worker: {self.worker}\r\n"
             f"X-Gollama-Attempts: {attempts}\r\n"
-            f"X-Gollama-Queue-Ms: {floor(self.queued * 1000.0 + 0.5)}\r\n"
+            f"X-Gollama-Queue-Ms: {self.queued * 1000.0:.0f}\r\n"
         )
 
     @property

@@ -161,7 +161,7 @@ class Queue(Listener):
         if not request.needs_slot:
             worker = self._balancer.pick(plan, candidates) if candidates else None
             return None if worker is None else worker.lease(model, slot=False)
-        free = [*filterfalse(_is_full, candidates)]  # a comprehension costs a call
+        free = [*filterfalse(_is_full, candidates)]  # cheaper than a comprehension
         if not free:
             return None
         new = request.holder is None

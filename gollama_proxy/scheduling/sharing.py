@@ -486,7 +486,7 @@ class Sharing(Listener):
             self._allot(worker)
 
 
-_Kind = tuple[str, int, str]
+_Kind = tuple[str, int, str]  # of requests: subject, rank and model
 
 
 def _rank(ticket: Ticket) -> int:

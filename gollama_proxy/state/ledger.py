@@ -221,7 +221,7 @@ class Ledger:
 
     def add(self, ended: Ended, *, failed: bool = False) -> None:
         """Add a request that has ended; the request path calls this."""
-        clock = self.clock  # on an object, it takes three times as long to call
+        clock = self.clock  # a local is cheaper to call
         now = clock()
         if now >= self._ends or now < self._begins:
             self._turn()

@@ -49,7 +49,7 @@ class Step(NamedTuple):
     reason: str = ""
 
 
-_ERROR = Outcome.ERROR  # before Python 3.12, looking it up in its class takes long
+_ERROR = Outcome.ERROR  # looked up once (benchmarks/RESULTS.md)
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -127,13 +127,13 @@ _MEASURED = (
 )
 
 
-class Kind:
-    """What the lines of alike requests share: all but the time, the id and numbers."""
+class LineTemplate:
+    """What the lines of similar requests share: all but the time, id and numbers."""
 
     __slots__ = ("_form", "_parts", "level")
 
     def __init__(self, record: Record) -> None:
-        """Make the kind of a request that has ended."""
+        """Make the template for requests like this one, which has ended."""
         # A failure on this side is a warning.
         broken = record.outcome is _ERROR and record.status < 400
         self.level = logging.WARNING if broken or record.status >= 500 else logging.INFO
@@ -141,7 +141,7 @@ class Kind:
         self._parts: tuple[str, ...] = ()  # in that format; empty: it shares nothing
 
     def __repr__(self) -> str:
-        return f"<Kind {logging.getLevelName(self.level)}>"
+        return f"<LineTemplate {logging.getLevelName(self.level)}>"
 
     def line(self, record: Record, form: LineFormatter, now: float) -> str:
         """Return the line of a request, at a Unix time."""
@@ -169,7 +169,7 @@ class Kind:
 
 
 def _parts(record: Record, form: LineFormatter, level: int) -> tuple[str, ...]:
-    """Return what lines of a kind have around their time, and before each number."""
+    """Return what such lines have around their time, and before each number."""
     opening = form.opening(level, "request", record.common())
     if opening is None:
         return ()
@@ -193,13 +193,13 @@ def _names(before: str, between: str) -> tuple[str, ...]:
     return tuple(f"{before}{name}{between}" for name in _MEASURED)
 
 
-def write(record: Record, kind: Kind) -> None:
+def write(record: Record, template: LineTemplate) -> None:
     """Log the end of a request.
 
     A `BatchHandler` gets the line.  Other handlers of the `gollama_proxy.access` logger
     get a `logging.LogRecord` that has its fields as `fields`.
     """
-    level = kind.level
+    level = template.level
     if record.routine or not access.isEnabledFor(level):
         return
     handlers = _root.handlers
@@ -207,7 +207,7 @@ def write(record: Record, kind: Kind) -> None:
         handlers = [*_all_handlers()]
     for handler in handlers:
         if isinstance(handler, BatchHandler):
-            handler.add(kind.line(record, handler.form, time.time()))
+            handler.add(template.line(record, handler.form, time.time()))
         elif level >= handler.level:
             handler.handle(_log_record(level, record.fields()))
 

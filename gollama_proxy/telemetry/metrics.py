@@ -1,8 +1,8 @@
 """The record of ended requests, and what the page of metrics shows.
 
-A request only keeps what it has measured, with its kind: all that its line and its
-counts share with other requests.  What was kept is counted at a scrape, or when it is
-much.
+Requests that differ only in what they measure form a group: the rest of their lines in
+the log is the same, and so are the counters that they raise.  A request only adds what
+it has measured to its group, which is counted at a scrape, or once it has grown.
 
 The values of labels are bounded: routes are those of the table, outcomes those of the
 error codes.  Clients can make up models where a worker serves `qwen*`, agents come with
@@ -76,8 +76,8 @@ if TYPE_CHECKING:
 MOST_MODELS = 200
 MOST_WORKERS = 2000
 MOST_PAIRS = 5000  # of a subject and a model
-MOST_KINDS = 5000  # of requests: by sender, model, worker, outcome, …
-MOST_UNCOUNTED = 200  # of these kinds
+MOST_GROUPS = 5000  # of requests, by sender, model, worker, outcome, …
+MOST_UNCOUNTED = 200  # of these groups
 LONGEST = 256  # characters of a label; 200 histograms of longer ones fill a page
 OTHER = "other"
 
@@ -131,7 +131,7 @@ class Telemetry:
     def ended(self, record: Record) -> None:
         """Record the end of a request; this must be called once for each."""
         assert record.duration is None, record
-        clock = self._clock  # on an object, it takes three times as long to call
+        clock = self._clock  # a local is cheaper to call
         record.duration = clock() - record.started
         accesslog.write(record, self._requests.observe(record))
 
@@ -206,8 +206,8 @@ class RequestMetrics:
         self.subjects = Names(subjects)
         self._workers = Names(MOST_WORKERS)
         # What requests share, and where they are counted; found again when forgotten.
-        self._kinds: dict[tuple[object, ...], _Kind] = BoundedDict(MOST_KINDS)
-        self._counts: dict[tuple[object, ...], _Counts] = BoundedDict(MOST_KINDS)
+        self._groups: dict[tuple[object, ...], _Group] = BoundedDict(MOST_GROUPS)
+        self._counts: dict[tuple[object, ...], _Counts] = BoundedDict(MOST_GROUPS)
         self._uncounted: list[_Counts] = []  # those with requests that are not counted
         # By label values, in the order of their first use.
         self._requests = _Table(REQUESTS, _Count)
@@ -228,12 +228,8 @@ class RequestMetrics:
     def __repr__(self) -> str:
         return f"<RequestMetrics series={len(self._counts)}>"
 
-    def observe(self, record: Record) -> accesslog.Kind:
-        """Count a request that has ended; return its kind.
-
-        Every request pays for this, so it only keeps what was measured, with that of
-        the others of its kind: what a kind has in common is counted for all at once.
-        """
+    def observe(self, record: Record) -> accesslog.LineTemplate:
+        """Count a request that has ended; return the template of its line."""
         first, lease, steps = record.first_byte, record.lease, record.steps
         prompt, tokens = record.prompt_tokens, record.tokens
         cached, duration = record.cached_tokens, record.duration or 0.0
@@ -270,10 +266,10 @@ class RequestMetrics:
             not steps,
             trace is None,
         )
-        kind = self._kinds.get(key)
-        if kind is None:
-            kind = self._kinds[key] = self._find(record, streamed, key[_ONLY_SHOWN:])
-        counts = kind.counts
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = self._find(record, streamed, key[_ONLY_SHOWN:])
+        counts = group.counts
         counts.measured.append(
             (
                 duration,
@@ -295,14 +291,14 @@ class RequestMetrics:
                 self._count()
         elif number >= MOST_VALUES:
             counts.count()
-        return kind
+        return group
 
-    def _find(self, record: Record, streamed: int, key: tuple[object, ...]) -> _Kind:
-        """Return a new kind of requests; many clients share its counts."""
+    def _find(self, record: Record, streamed: int, key: tuple[object, ...]) -> _Group:
+        """Return a new group of requests; many clients share its counts."""
         counts = self._counts.get(key)
         if counts is None:
             counts = self._counts[key] = self._find_counts(record, streamed)
-        return _Kind(record, counts)
+        return _Group(record, counts)
 
     def _find_counts(self, record: Record, streamed: int) -> _Counts:
         """Return where to count requests like this one, by the labels of its names."""
@@ -459,8 +455,8 @@ class _Table(dict[tuple[str, ...], S]):
 _ONLY_SHOWN = 4
 
 
-class _Kind(accesslog.Kind):
-    """What requests share, with their counts."""
+class _Group(accesslog.LineTemplate):
+    """Requests that differ only in what they measure, and their counts."""
 
     __slots__ = ("counts",)
 
@@ -470,7 +466,7 @@ class _Kind(accesslog.Kind):
 
 
 class _Counts:
-    """Where requests of some kinds are counted, and what was measured of the last ones.
+    """Where the requests of some groups are counted, and what the last ones measured.
 
     A part is shared: the tokens of a worker are those of all routes.
     """

@@ -79,7 +79,7 @@ class ConnectionState(enum.Enum):
     CLOSED = "closed"
 
 
-# Before Python 3.12, it takes long to look up a member of an enum in its class.
+# Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _IDLE, _ACTIVE, _CLOSED = (
     ConnectionState.IDLE,
     ConnectionState.ACTIVE,

@@ -52,7 +52,7 @@ CHANCES = 5
 # server may run at its address by then.
 RETRIAL = 60.0
 
-_IDLE = ConnectionState.IDLE  # before Python 3.12, looking it up takes long
+_IDLE = ConnectionState.IDLE  # looked up once (benchmarks/RESULTS.md)
 
 
 class Target:

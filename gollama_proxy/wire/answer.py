@@ -46,7 +46,7 @@ from gollama_proxy.wire.sse import DONE, Gatherer, data_of, events_in, split_eve
 # --- A whole answer ---------------------------------------------------------------
 
 _Fields = Mapping[str, Any]
-# Before Python 3.12, it takes long to look up a member of an enum in its class.
+# Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _ANTHROPIC, _NATIVE, _RESPONSES = Api.ANTHROPIC, Api.NATIVE, Api.RESPONSES
 
 
@@ -77,7 +77,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     reading: Prefill | None = None
 
 
-class Report(msgspec.Struct, frozen=True, gc=False):
+class AnswerReport(msgspec.Struct, frozen=True, gc=False):
     """What a whole answer reports; None and "" for what it does not."""
 
     usage: Usage
@@ -85,10 +85,10 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     build: str  # of llama-server
 
     def __repr__(self) -> str:
-        return f"<Report of {self.model!r}: {self.usage!r}>"
+        return f"<AnswerReport of {self.model!r}: {self.usage!r}>"
 
 
-def read_answer(body: bytes, api: Api, answers: int = 1) -> Report:
+def read_answer(body: bytes, api: Api, answers: int = 1) -> AnswerReport:
     """Read a whole answer once.
 
     `answers` is how many there are to each prompt, which counts once; the usage of
@@ -97,14 +97,14 @@ def read_answer(body: bytes, api: Api, answers: int = 1) -> Report:
     try:
         decoded = counted.decode(body)
         if isinstance(decoded, list):
-            return Report(
+            return AnswerReport(
                 _sum([_read_one(api, each) for each in decoded], answers), None, ""
             )
         usage = _read_one(api, decoded)
     except UNREADABLE:  # it may be text, or JSON that others understand
-        return Report(NO_USAGE, first_model(body), build_of(body))
+        return AnswerReport(NO_USAGE, first_model(body), build_of(body))
     model, build = decoded.model, decoded.system_fingerprint
-    return Report(
+    return AnswerReport(
         usage,
         model if isinstance(model, str) else None,
         build if isinstance(build, str) and len(build) <= MOST_BUILD else "",
@@ -342,7 +342,7 @@ def _timed(timings: _Fields) -> Prefill | None:
 def _counts(fields: _Fields, names: Iterable[str]) -> dict[str, int]:
     """Return those of the fields that are numbers of tokens and can be true."""
     counts = {}
-    for name in names:  # a comprehension costs a call
+    for name in names:  # cheaper than a comprehension
         value = fields.get(name)
         if type(value) is int and 0 <= value < _MOST_TOKENS:
             counts[name] = value
@@ -450,7 +450,7 @@ def _has_reason(tail: bytes) -> bool:
 
 def has_error(tail: bytes, ending: Ending) -> bool:
     """Return whether one of these events is an error."""
-    if tail.find(b"error") < 0:  # at half the cost of `in`
+    if tail.find(b"error") < 0:  # cheaper than `in`
         return False
     if _ERROR_EVENT.search(tail) is not None:
         return True

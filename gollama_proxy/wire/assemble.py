@@ -68,7 +68,7 @@ class LostTextError(UnfoldableError):
     """This answer has something that a stream leaves out; the next one may not."""
 
 
-class Asked(msgspec.Struct, frozen=True):
+class Requested(msgspec.Struct, frozen=True):
     """What an assembler has to know about the request."""
 
     stops: bool = False  # it has stop strings
@@ -76,7 +76,7 @@ class Asked(msgspec.Struct, frozen=True):
     tokens: bool = False  # the answer has the ids of its tokens
 
 
-ANY = Asked()
+ANY = Requested()
 
 
 class Texts:
@@ -105,14 +105,14 @@ class Texts:
     @property
     def shown(self) -> bool:
         """Whether there is any beside the role."""
-        for name, text in self._texts.items():  # `any` costs a call for each
+        for name, text in self._texts.items():  # cheaper than `any`
             if text and name != "role" and text.tell():
                 return True
         return False
 
     def all(self) -> dict[str, str | None]:
         texts: dict[str, str | None] = {}
-        for name, text in self._texts.items():  # a comprehension costs a call
+        for name, text in self._texts.items():  # cheaper than a comprehension
             texts[name] = text.getvalue() if text else None
         return texts
 
@@ -137,7 +137,7 @@ def means_nothing(value: Raw | None) -> bool:
 class Assembler(abc.ABC):
     """Folds the events of one answer of no more than `limit` characters."""
 
-    def __init__(self, limit: int, asked: Asked = ANY) -> None:
+    def __init__(self, limit: int, asked: Requested = ANY) -> None:
         self._limit = limit
         self._asked = asked
         self._size = 0  # characters that were folded
@@ -307,7 +307,7 @@ def _input(text: str) -> object:
 class MessageAssembler(Assembler):
     """Folds the events of Anthropic's messages."""
 
-    def __init__(self, limit: int, asked: Asked = ANY) -> None:
+    def __init__(self, limit: int, asked: Requested = ANY) -> None:
         super().__init__(limit, asked)
         self._message: dict[str, Raw] = {}
         self._usage: dict[str, Raw] = {}
@@ -398,7 +398,7 @@ class _Completion:
 class NativeAssembler(Assembler):
     """Folds the events of completions: the last one of each has all but the text."""
 
-    def __init__(self, limit: int, asked: Asked = ANY) -> None:
+    def __init__(self, limit: int, asked: Requested = ANY) -> None:
         super().__init__(limit, asked)
         self._completions = defaultdict[int, _Completion](_Completion)
 

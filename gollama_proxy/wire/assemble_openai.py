@@ -12,9 +12,9 @@ from gollama_proxy.wire.assemble import (
     OBJECT,
     OBJECTS,
     TEXT,
-    Asked,
     Assembler,
     LostTextError,
+    Requested,
     Texts,
     UnfoldableError,
     fail,
@@ -223,7 +223,7 @@ class TextAssembler(Assembler):
     kind = "text_completion"
     fold = _Choice.text
 
-    def __init__(self, limit: int, asked: Asked = ANY) -> None:
+    def __init__(self, limit: int, asked: Requested = ANY) -> None:
         super().__init__(limit, asked)
         self._choices = dict[int, _Choice]()
         self._latest = 0  # the choice of the last event
@@ -318,7 +318,7 @@ class ChatAssembler(TextAssembler):
 class ResponseAssembler(Assembler):
     """Takes the answer out of the last event of a response, which has all of it."""
 
-    def __init__(self, limit: int, asked: Asked = ANY) -> None:
+    def __init__(self, limit: int, asked: Requested = ANY) -> None:
         super().__init__(limit, asked)
         self._response: dict[str, Raw] | None = None
 

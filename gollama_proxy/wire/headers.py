@@ -308,7 +308,7 @@ def read_answer_head(headers: Headers) -> tuple[bytes, str]:
     """
     # Workers send the same ones again and again, but for these two.
     lasting = []
-    for field in headers:  # a comprehension costs a call
+    for field in headers:  # cheaper than a comprehension
         if field[0].lower() not in _VARYING:
             lasting.append(field)  # noqa: PERF401
     return _read_answer_head(tuple(lasting))

@@ -14,10 +14,10 @@ import msgspec
 from msgspec import Raw
 
 from gollama_proxy.wire.assemble import (
-    Asked,
     Assembler,
     MessageAssembler,
     NativeAssembler,
+    Requested,
 )
 from gollama_proxy.wire.assemble_openai import (
     ChatAssembler,
@@ -92,7 +92,7 @@ def ask_for_stream(body: bytes, endpoint: Endpoint) -> StreamRequest | None:
     stops = False
     for name in _STOPS & given.keys():
         stops = stops or bytes(given[name]) not in _UNSET
-    asked = Asked(
+    asked = Requested(
         stops=stops,
         choices=_choices_of(given),
         tokens=bytes(given.get("return_tokens", b"null")) == b"true",

@@ -218,7 +218,7 @@ class Transcript:
         if self.words:
             self.fold()
         pieces = []
-        for chunk in self.chunks:  # a comprehension costs a call
+        for chunk in self.chunks:  # cheaper than a comprehension
             pieces.append(chunk[chunk.index(b"\n") + 1 : -2])  # noqa: PERF401
         tail = b"".join(pieces)
         return self._last(TAIL - len(tail)) + tail if self._batches else tail

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import strategies as st
 
 from gollama_proxy.telemetry import accesslog
-from gollama_proxy.telemetry.accesslog import Kind, Outcome, Record, access
+from gollama_proxy.telemetry.accesslog import LineTemplate, Outcome, Record, access
 from gollama_proxy.telemetry.logs import (
     BatchHandler,
     JournalFormatter,
@@ -222,13 +222,13 @@ def test_fields_that_lines_have_in_common_are_written_as_the_others(
     record: Record, trace: TraceContext | None
 ) -> None:
     record.trace = trace
-    kind = Kind(record)
+    template = LineTemplate(record)
     for form in FORMS:
         for _ in range(2):  # the second one finds what is remembered of the first
-            written = kind.line(record, form, NOW)
+            written = template.line(record, form, NOW)
             when = form.stamp(NOW)
             fields = record.fields()
-            assert written == form.line(when, kind.level, "request", fields)
+            assert written == form.line(when, template.level, "request", fields)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +256,12 @@ def test_the_handler_of_the_hub_and_any_other_write_the_same_line(
     monkeypatch.setattr(access, "propagate", False)
     monkeypatch.setattr(access, "level", logging.INFO)
     access.manager._clear_cache()
-    accesslog.write(record, Kind(record))
+    accesslog.write(record, LineTemplate(record))
     assert {stream.getvalue() for stream in streams} == {
         f"{TIME} {level} {logged(record, TEXT).partition(' info ')[2]}\n"
     }
     handler.setLevel(logging.ERROR)
-    accesslog.write(record, Kind(record))
+    accesslog.write(record, LineTemplate(record))
     assert len(short.getvalue().splitlines()) == 2
     assert len(long.getvalue().splitlines()) == 1
     access.manager._clear_cache()

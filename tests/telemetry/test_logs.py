@@ -206,7 +206,7 @@ def test_the_log_goes_to_standard_error_in_the_configured_form(
 ) -> None:
     logs.configure(Log(format=form))
     logs.configure(Log(format=form))  # it replaces the first one
-    accesslog.write(REQUEST, accesslog.Kind(REQUEST))
+    accesslog.write(REQUEST, accesslog.LineTemplate(REQUEST))
     out, err = capsys.readouterr()
     assert out == ""
     [line] = err.splitlines()
@@ -253,12 +253,12 @@ def test_the_access_log_can_be_switched_off_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.configure(Log(access=False))
-    accesslog.write(REQUEST, accesslog.Kind(REQUEST))
+    accesslog.write(REQUEST, accesslog.LineTemplate(REQUEST))
     logging.getLogger("gollama_proxy.test").info("message")
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith("info message")
     logs.configure(Log())
-    accesslog.write(REQUEST, accesslog.Kind(REQUEST))
+    accesslog.write(REQUEST, accesslog.LineTemplate(REQUEST))
     assert REQUEST.id in capsys.readouterr().err
 
 
@@ -284,7 +284,7 @@ def test_lines_carry_their_priority_where_the_journal_reads_them(
         logger = logging.getLogger("gollama_proxy.test")
         for level in ("debug", "info", "warning", "error", "critical"):
             getattr(logger, level)("message")
-        accesslog.write(REQUEST, accesslog.Kind(REQUEST))
+        accesslog.write(REQUEST, accesslog.LineTemplate(REQUEST))
         journal.seek(0)
         assert [line[:3] for line in journal] == [
             *("<7>", "<6>", "<4>", "<3>", "<2>"),
@@ -320,7 +320,7 @@ def test_a_process_without_standard_error_logs_nothing(
     monkeypatch.setattr(sys, "stderr", None)
     logs.configure(Log())
     logging.getLogger("gollama_proxy.test").warning("message")
-    accesslog.write(REQUEST, accesslog.Kind(REQUEST))
+    accesslog.write(REQUEST, accesslog.LineTemplate(REQUEST))
 
 
 @configured
@@ -883,7 +883,7 @@ def test_lines_are_written_before_the_end_or_a_crash() -> None:
         async def command(signals):
             logs.configure(Log())
             record = accesslog.Record(name, "GET")
-            accesslog.write(record, accesslog.Kind(record))
+            accesslog.write(record, accesslog.LineTemplate(record))
             exec(end)
             return 0
 

@@ -323,7 +323,7 @@ def test_the_page_is_the_one_that_the_library_would_have_made(
     monkeypatch.setattr("prometheus_client.metrics._use_created", False)
     monkeypatch.setattr("gollama_proxy.telemetry.metrics.MOST_VALUES", seed + 2)
     monkeypatch.setattr("gollama_proxy.telemetry.metrics.MOST_PAIRS", 50)
-    monkeypatch.setattr("gollama_proxy.telemetry.metrics.MOST_KINDS", 50)
+    monkeypatch.setattr("gollama_proxy.telemetry.metrics.MOST_GROUPS", 50)
     monkeypatch.setattr("gollama_proxy.telemetry.metrics.MOST_UNCOUNTED", 20)
     rng, expected, metrics = random.Random(seed), ByLibrary(), RequestMetrics()
     metrics.models.most = metrics.subjects.most = SOME

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from gollama_proxy.wire.assemble import (
     ANY,
-    Asked,
     AssemblyError,
     LostTextError,
     MessageAssembler,
     NativeAssembler,
+    Requested,
     UnfoldableError,
 )
 from gollama_proxy.wire.assemble_openai import (
@@ -33,7 +33,7 @@ LIMIT = 1 << 20
 
 
 def fold(
-    stream: bytes, kind: Kind = "chat", limit: int = LIMIT, asked: Asked = ANY
+    stream: bytes, kind: Kind = "chat", limit: int = LIMIT, asked: Requested = ANY
 ) -> dict[str, Any]:
     assembler = (ChatAssembler if kind == "chat" else TextAssembler)(limit, asked)
     assembler.feed(stream)
@@ -458,17 +458,17 @@ def test_two_choices_of_one_index_cannot_be_folded() -> None:
     with pytest.raises(UnfoldableError, match="after its end"):
         fold(one + delta({"content": "b"}) + end() + usage())
     with pytest.raises(UnfoldableError, match="number of choices"):
-        fold(one + usage(), asked=Asked(choices=2))
-    assert fold(one + usage(), asked=Asked(choices=1))
+        fold(one + usage(), asked=Requested(choices=2))
+    assert fold(one + usage(), asked=Requested(choices=1))
 
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
 def test_text_held_back_for_a_stop_string_is_noticed(kind: Kind) -> None:
     stream = delta({"content": "a"}, text="a") + end("length") + usage()
     with pytest.raises(LostTextError, match="lack the last text"):
-        fold(stream, kind, asked=Asked(stops=True))
+        fold(stream, kind, asked=Requested(stops=True))
     stream = delta({"content": "a"}, text="a") + end("stop") + usage()
-    assert fold(stream, kind, asked=Asked(stops=True))
+    assert fold(stream, kind, asked=Requested(stops=True))
 
 
 # --- Events that differ in a word -------------------------------------------------
@@ -651,7 +651,7 @@ def text(*pieces: str) -> bytes:
     return block(0, {"type": "text", "text": ""}, *deltas)
 
 
-def fold_message(stream: bytes, asked: Asked = ANY, limit: int = LIMIT) -> Any:
+def fold_message(stream: bytes, asked: Requested = ANY, limit: int = LIMIT) -> Any:
     assembler = MessageAssembler(limit, asked)
     for at in range(len(stream)):
         assembler.feed(stream[at : at + 1])
@@ -716,12 +716,12 @@ def test_a_message_that_was_cut_may_have_more_than_its_stream() -> None:
         (START + message_end("max_tokens"), ANY),
         (START + message_end(), ANY),
         (START + block(0, call, half) + message_end("max_tokens"), ANY),
-        (START + text("a") + message_end("max_tokens"), Asked(stops=True)),
+        (START + text("a") + message_end("max_tokens"), Requested(stops=True)),
     ):
         with pytest.raises(LostTextError):
             fold_message(stream, asked)
     assert fold_message(START + message_end(tokens=1))["content"] == []
-    assert fold_message(START + text("a") + message_end(), Asked(stops=True))
+    assert fold_message(START + text("a") + message_end(), Requested(stops=True))
 
 
 def test_the_error_of_a_message_is_the_workers() -> None:
@@ -802,7 +802,7 @@ def native_end(index: int = 0, **fields: Any) -> bytes:
     return event(content | fields)
 
 
-def fold_native(stream: bytes, asked: Asked = ANY, limit: int = 1 << 20) -> Any:
+def fold_native(stream: bytes, asked: Requested = ANY, limit: int = 1 << 20) -> Any:
     assembler = NativeAssembler(limit, asked)
     for at in range(len(stream)):
         assembler.feed(stream[at : at + 1])
@@ -813,7 +813,7 @@ def test_the_last_event_has_all_but_the_text() -> None:
     answer = fold_native(b"data: null\n\n" + part("a") + part("b") + native_end())
     assert (answer["content"], answer["tokens"], answer["model"]) == ("ab", [], "m")
     assert answer["generation_settings"] == {"stream": False, "seed": 1}
-    assert fold_native(part("a") + part("b") + native_end(), Asked(tokens=True))[
+    assert fold_native(part("a") + part("b") + native_end(), Requested(tokens=True))[
         "tokens"
     ] == [7, 7]
 
@@ -830,13 +830,13 @@ def test_probabilities_are_joined() -> None:
 
 def test_several_prompts_have_several_answers() -> None:
     stream = part("b", 1) + part("a") + native_end(1) + native_end()
-    answers = fold_native(stream, Asked(choices=2))
+    answers = fold_native(stream, Requested(choices=2))
     assert [(each["index"], each["content"]) for each in answers] == [
         (0, "a"),
         (1, "b"),
     ]
     with pytest.raises(UnfoldableError, match="number"):
-        fold_native(stream, Asked(choices=3))
+        fold_native(stream, Requested(choices=3))
 
 
 @pytest.mark.parametrize(
@@ -859,8 +859,10 @@ def test_incomplete_or_unknown_events_make_no_answer(stream: bytes) -> None:
 def test_a_completion_that_was_cut_may_have_more_than_its_stream() -> None:
     cut = {"stop_type": "limit"}
     with pytest.raises(LostTextError):
-        fold_native(part("a") + native_end(**cut), Asked(stops=True))
-    assert fold_native(part("a") + native_end(), Asked(stops=True))["content"] == "a"
+        fold_native(part("a") + native_end(**cut), Requested(stops=True))
+    assert (
+        fold_native(part("a") + native_end(), Requested(stops=True))["content"] == "a"
+    )
     for fields in (cut, {}):
         with pytest.raises(LostTextError):
             fold_native(native_end(**fields))
