@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.live import Live
 
 from gollama_proxy import demo
-from gollama_proxy import serve as lifecycle
 from gollama_proxy.children import ChildError
-from gollama_proxy.config.load import ConfigError
+from gollama_proxy.cli import run_loop
+from gollama_proxy.config.values import ConfigError
 from gollama_proxy.tasks import Signals
 
 PROMPTS = (
@@ -72,7 +72,7 @@ def main() -> int:
     """Read the flags, run, and return the exit status."""
     args = _parse()
     try:
-        return lifecycle.run(lambda signals: run(args, signals))
+        return run_loop(lambda signals: run(args, signals))
     except ConfigError as exc:
         print("chaos:", exc, file=sys.stderr)
         return 2

@@ -31,7 +31,8 @@ WARM_UP = 200
 OBJECTS = 800
 # What the hub learns is bounded by its workers, their models and its parallel answers.
 LEARNT = {"Breaker", "SlidingWindow", "_Baseline"}
-SERIES = ("Histogram", "_Count", "_Series", "_Tokens", "_Usage")  # of metrics
+# Of metrics and of lines of the log.
+SERIES = ("Histogram", "_Count", "_Counts", "_Kind", "_Series", "_Tokens", "_Usage")
 QUICK: dict[str, Any] = {
     **SETTINGS,
     "timeouts__gap": 0.1,
