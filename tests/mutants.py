@@ -55,6 +55,7 @@ MODULES: dict[str, list[str]] = {
         "behaviour/test_recovery.py",
         "behaviour/test_rescue.py",
         "behaviour/test_retries.py",
+        "behaviour/test_steps.py",
     ],
     "scheduling/admission": [],
     "scheduling/balancer": [
