@@ -921,15 +921,6 @@ def test_without_rescue_no_answer_is_continued() -> None:
     assert made.candidates() == []
 
 
-def test_a_free_worker_may_take_over_though_one_that_failed_is_full() -> None:
-    a, b, c = worker("a"), worker("b"), worker("c")
-    made = failed(attempts(a, b, c, continuations=5), a)
-    made.resume()
-    resumed(made, b)
-    a.full = True
-    assert made.has_other()
-
-
 def test_an_answer_of_a_fallback_may_go_back_to_the_model_that_was_asked_for() -> None:
     """Its workers were out when it began."""
     a, f, g = worker("a"), worker("f"), worker("g")
