@@ -163,8 +163,8 @@ class Transcript:
             self.cut()
 
     def cut(self) -> None:
-        """Put the chunks into batches, and learn from them."""
-        tail = self.tail()
+        """Put the words or chunks into batches, and learn from the chunks."""
+        tail = self.tail()  # which folds the words
         if self._ending is not Ending.DONE:  # a long event may follow a mark
             self.marked = self.marked or is_complete(tail, self._ending)
         if b"error" in tail:
@@ -243,8 +243,6 @@ class Transcript:
 
     def body(self) -> bytes:
         """Return all of it, without the framing of the chunks."""
-        if self.words:
-            self.fold()
         self.cut()
         return b"".join(self._unfold())
 
