@@ -51,7 +51,7 @@ class SlidingWindow:
     never more than the span.  `clock` returns monotonic seconds.
     """
 
-    __slots__ = ("_at", "_buckets", "_clock", "_count", "_tick", "_width")
+    __slots__ = ("_at", "_buckets", "_clock", "_count", "_ends", "_tick", "_width")
 
     def __init__(
         self, span: float, clock: Callable[[], float], buckets: int = BUCKETS
@@ -60,6 +60,7 @@ class SlidingWindow:
         self._width = span / buckets
         self._buckets = [0] * buckets  # a ring: tick t is at t % buckets
         self._tick = int(clock() / self._width)
+        self._ends = (self._tick + 1) * self._width  # the newest bucket
         self._at = self._tick % buckets
         self._count = 0
 
@@ -68,16 +69,16 @@ class SlidingWindow:
 
     @property
     def count(self) -> int:
-        tick = int(self._clock() / self._width)
-        if tick != self._tick:
-            self._expire(tick)
+        now = self._clock()
+        if now >= self._ends:
+            self._expire(now)
         return self._count
 
     def add(self, amount: int = 1) -> None:
         clock = self._clock  # a local is cheaper to call
-        tick = int(clock() / self._width)
-        if tick != self._tick:
-            self._expire(tick)
+        now = clock()
+        if now >= self._ends:
+            self._expire(now)
         self._buckets[self._at] += amount
         self._count += amount
 
@@ -98,11 +99,11 @@ class SlidingWindow:
             amount -= self._buckets[tick % size]
         return max(0.0, (tick + size) * self._width - self._clock())
 
-    def _expire(self, now: int) -> None:
-        size = len(self._buckets)
+    def _expire(self, now: float) -> None:
+        size, newest = len(self._buckets), int(now / self._width)
         # After a long pause each bucket is emptied once, not once for each round.
-        for tick in range(max(self._tick, now - size) + 1, now + 1):
+        for tick in range(max(self._tick, newest - size) + 1, newest + 1):
             self._count -= self._buckets[tick % size]
             self._buckets[tick % size] = 0
-        self._tick = now
-        self._at = now % size
+        self._tick, self._at = newest, newest % size
+        self._ends = (newest + 1) * self._width

@@ -59,6 +59,8 @@ USUAL_TOKENS = 256.0  # of an answer, until one has been seen
 SHARED = 0.7  # speed of each answer when there are twice as many
 LEAST_READS = 200.0  # bytes/s: a large model on a CPU
 LEAST_WRITES = 1.0  # tokens/s
+# A float is compared faster with another one than with an int.
+INFINITE = math.inf
 LEVELS = 8  # numbers of parallel answers that are distinguished: 1, 2-3, 4-7 … 128+
 
 
@@ -131,17 +133,20 @@ class Speed:
 
         What the worker reports is ignored if it cannot be true.
         """
-        amount, seconds = float(prompt_bytes), first_token
+        amount: float = prompt_bytes
+        seconds = first_token
         if reported is not None and reported.plausible_in(first_token):
             amount *= reported.tokens / (reported.tokens + reported.cached)
             seconds = reported.seconds
-        if amount > 0 and 0 < seconds < math.inf:
+        if amount > 0 and 0.0 < seconds < INFINITE:
             self.reads = self._reading.learn(amount, seconds)
 
     def wrote(self, tokens: int, seconds: float, beside: int = 1) -> None:
         """Learn from the tokens, and the seconds from the first token to the last."""
-        if tokens > 0 and 0 < seconds < math.inf:
-            level = min(max(beside, 1).bit_length(), LEVELS) - 1
+        if tokens > 0 and 0.0 < seconds < INFINITE:
+            level = _level(beside)
+            if level >= LEVELS:
+                level = LEVELS - 1
             rate = self._writing.get(level)
             if rate is None:
                 if not self._writing:
@@ -248,14 +253,14 @@ class Pace:
         known = self.expectations
         if prompt_bytes > 0:
             self.speed.read(prompt_bytes, first_token, reported)
-            if 0 < first_token < math.inf:
+            if 0.0 < first_token < INFINITE:
                 self.first_token = first_token
                 rate = prompt_bytes / first_token
                 if rate > self.rate:
                     self.rate = min(rate, self.rate * known.rate_rise)
                 elif prompt_bytes >= known.least_bytes:
                     self.rate = max(rate, self.rate * known.rate_fall)
-        if tokens >= known.least_tokens and 0 < seconds < math.inf:
+        if tokens >= known.least_tokens and 0.0 < seconds < INFINITE:
             self.speed.wrote(tokens, seconds, beside)
             now, level = self._clock(), _level(beside)
             baseline = self._baselines.get(level)
@@ -282,7 +287,7 @@ class Pace:
     def is_slow(self, tokens: int, seconds: float, beside: int = 1) -> bool:
         """Return whether the worker wrote this far below its own baseline."""
         known = self.expectations
-        if tokens < known.least_tokens or not 0 < seconds < math.inf:
+        if tokens < known.least_tokens or not 0.0 < seconds < INFINITE:
             return False
         baseline = self._baselines.get(_level(beside))
         if baseline is None or baseline.speed is None:
@@ -307,11 +312,18 @@ class _Baseline:
 
     def learn(self, speed: float, seconds: float, now: float) -> None:
         # Parallel answers cover the same time, and a night without any covers none.
-        covered = min(now - self._learnt_at, seconds)
+        covered = now - self._learnt_at
+        if seconds < covered:
+            covered = seconds
         self._learnt_at = now
-        if self.speed is not None:
+        if (usual := self.speed) is not None:
             factor = 2 ** (covered / self._half_life)
-            self.speed = max(self.speed / factor, min(speed, self.speed * factor))
+            if speed > usual * factor:
+                self.speed = usual * factor
+            elif speed < usual / factor:
+                self.speed = usual / factor
+            else:
+                self.speed = speed
             return
         self._first.append(speed)
         if len(self._first) >= self._answers:
@@ -322,4 +334,4 @@ class _Baseline:
 
 def _level(beside: int) -> int:
     """Put 1, 2-3, 4-7, 8-15… parallel answers on a level each."""
-    return max(beside, 1).bit_length() - 1
+    return (beside or 1).bit_length() - 1

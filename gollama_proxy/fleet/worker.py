@@ -382,18 +382,21 @@ class Worker(Offer):
 
     def take_back(self, lease: Lease, result: Result) -> None:
         """Free what a lease held; `Lease.release` calls this once."""
-        beside = len(self.leases)
+        leases = self.leases
+        beside = len(leases)
         clock = self.clock  # a local is cheaper to call
         self.used_at = lease.released_at = clock()
-        self.leases.discard(lease)
-        self._taken -= lease.slot
-        if self.on_yield is not None and lease.slot:
-            self.on_yield(self)
-        if self._taken < self._limit:
-            self.full = self.short = False
+        leases.discard(lease)
+        if lease.slot:
+            self._taken -= 1
+            if self.on_yield is not None:
+                self.on_yield(self)
+            if self._taken < self._limit:
+                self.full = self.short = False
         verdict = lease.judge(result, beside)
-        for permit in lease.permits:
-            permit.settle(proof_of(verdict, result))
+        if lease.permits:
+            for permit in lease.permits:
+                permit.settle(proof_of(verdict, result))
         if verdict is not _NEUTRAL:
             self.breaker.record(verdict, lease.generation)
         if result is not _COMPLETE:
@@ -402,7 +405,7 @@ class Worker(Offer):
             self.on_free()
         if self._full_since is not None:
             self._note_room()  # a slot that is taken again at once was never free
-        if self.on_gone is not None and not self.leases:
+        if self.on_gone is not None and not leases:
             self.on_gone()
 
     def _take_notice(self, lease: Lease, result: Result) -> None:
