@@ -34,11 +34,11 @@ from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.scheduling.balancer import Balancer
-from gollama_proxy.scheduling.policies import Ask as Asked
+from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.scheduling.queue import Queue
 from gollama_proxy.scheduling.sharing import Sharing
-from gollama_proxy.scheduling.turns import Priority, Ticket
-from gollama_proxy.state.slots import Ask
+from gollama_proxy.scheduling.turns import Priority, Subject, Ticket
+from gollama_proxy.state import slots
 from gollama_proxy.state.store import Mode, Store
 from gollama_proxy.tasks import spawn
 from gollama_proxy.wire.description import Check, Description, Model
@@ -87,7 +87,7 @@ class SimulatedStore:
         network.calls += 1
         await asyncio.sleep(network.latency)
         now = round(asyncio.get_running_loop().time(), 3)
-        asks = msgspec.msgpack.decode(packed, type=list[Ask])
+        asks = msgspec.msgpack.decode(packed, type=list[slots.Ask])
         outcome = network.leases.sync(hub, asks, now)
         for other, grants in outcome.messages.items():
             message = [(worker, *grant) for worker, grant in grants]
@@ -131,7 +131,7 @@ class Plan:
     """A request that may use every worker, for as long as it takes."""
 
     pool: Pool
-    ask: Asked
+    ask: Ask
 
     @property
     def pools(self) -> Sequence[Pool]:
@@ -160,6 +160,7 @@ class Request:
     max_concurrency: int = 0
     needs_slot: bool = True
     ticket: Ticket | None = None
+    holder: Subject | None = None
     waited: float = 0.0
 
 
@@ -201,7 +202,7 @@ class Hub:
     async def serve(self, subject: str, seconds: float) -> None:
         run, loop = self._run, asyncio.get_running_loop()
         pool = self.registry.pool(MODEL)
-        request = Request(subject, Plan(pool, Asked(MODEL)))
+        request = Request(subject, Plan(pool, Ask(MODEL)))
         arrived = loop.time()
         run.change(waiting=1)
         lease = self.queue.try_acquire(request) or await self.queue.acquire(request)
