@@ -115,7 +115,7 @@ def _replace_closed_streams() -> None:
 
 
 def _complain(text: str) -> None:
-    from gollama_proxy.telemetry.logs import journal_reads, prioritised
+    from gollama_proxy.telemetry.lines import journal_reads, prioritised
 
     text = f"gollama-proxy: {text}"
     if journal_reads(sys.stderr):

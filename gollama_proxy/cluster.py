@@ -221,7 +221,7 @@ class Cluster:
         await self._ends.aclose()
 
 
-# --- Limits of subjects ---------------------------------------------------------------
+# --- Limits of subjects -----------------------------------------------------------
 
 MOST_ROWS = 16 * REMEMBERED
 # Seconds after which a row that was not written again is removed, and after which a hub
@@ -323,7 +323,7 @@ class SharedLimits:
     def __repr__(self) -> str:
         return f"<SharedLimits due={len(self._due)} others={len(self._others)}>"
 
-    # --- What is sent ---------------------------------------------------------------
+    # --- What is sent -------------------------------------------------------------
 
     @property
     def due(self) -> bool:
@@ -369,7 +369,7 @@ class SharedLimits:
             running=self._running.get(subject, 0),
         )
 
-    # --- What has come --------------------------------------------------------------
+    # --- What has come ------------------------------------------------------------
 
     async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
         for subject in self._sent:
@@ -426,7 +426,7 @@ def _more(before: int, after: int) -> int:
     return after - before if after >= before else after
 
 
-# --- Links that sign in at any hub ----------------------------------------------------
+# --- Links that sign in at any hub ------------------------------------------------
 
 _NONCE = 12  # bytes
 
@@ -481,7 +481,7 @@ def _hash(code: str, use: bytes, size: int) -> bytes:
     return hashlib.blake2b(code.encode(), digest_size=size, person=use).digest()
 
 
-# --- The metrics of a group of processes ----------------------------------------------
+# --- The metrics of a group of processes ------------------------------------------
 
 KEPT = 24 * 3600  # seconds after the last scrape
 MOST_ENDED = 32  # processes that are kept one by one

@@ -244,7 +244,7 @@ class Hub(Listener):
         for connections in self.connections.values():
             connections.close_stale()
 
-    # --- What outlives the hub ------------------------------------------------------
+    # --- What outlives the hub ----------------------------------------------------
 
     def _follow_list(self, listed: Revoked) -> None:
         self.follower.follow_list(listed)
@@ -258,7 +258,7 @@ class Hub(Listener):
         await self.state.revoke(kind, value)
         self.follower.put_revocations_in_force()
 
-    # --- Machines that sleep ----------------------------------------------------------
+    # --- Machines that sleep ------------------------------------------------------
 
     def wake(self, name: str) -> Worker:
         """Wake the machine of a worker; harmless if it does not sleep.
@@ -287,7 +287,7 @@ class Hub(Listener):
         ]
         self.waker.check(waits, self.registry.workers)
 
-    # --- Settings that change -------------------------------------------------------
+    # --- Settings that change -----------------------------------------------------
 
     async def reload(self) -> Changes:
         """Read the settings and all files of theirs again, and apply what has changed.

@@ -181,7 +181,7 @@ class Parent:
         for hub in self.hubs:
             hub.close()
 
-    # --- Start and end ----------------------------------------------------------------
+    # --- Start and end ------------------------------------------------------------
 
     async def start(self, signals: Signals) -> None:
         """Start the hubs, and wait until they are ready; a signal ends that.
@@ -248,7 +248,7 @@ class Parent:
             self._failed.set()
         return not self._starting
 
-    # --- What it reports --------------------------------------------------------------
+    # --- What it reports ----------------------------------------------------------
 
     async def _look(self) -> None:
         if self._looking.late > LOOK:  # this machine was asleep, or is too busy
@@ -268,7 +268,7 @@ class Parent:
         within = f"may end within {self.config.server.drain:g} s"
         return f"stopping; {count(running, 'running request')} {within}"
 
-    # --- Settings that change ---------------------------------------------------------
+    # --- Settings that change -----------------------------------------------------
 
     def reload_soon(self) -> asyncio.Task[None]:
         """Begin to have the settings read again; the result is logged."""
@@ -357,7 +357,7 @@ def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([root, *([before] if before else [])])}
 
 
-# --- What they inherit ----------------------------------------------------------------
+# --- What they inherit ------------------------------------------------------------
 
 
 class Inheritance(NamedTuple):

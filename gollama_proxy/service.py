@@ -169,7 +169,7 @@ class Service:
         """Whether systemd waits for signs of life."""
         return self._feeding is not None
 
-    # --- Life -----------------------------------------------------------------------
+    # --- Life ---------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to feed the watchdog, and to send what waits."""
@@ -190,7 +190,7 @@ class Service:
             self._socket.close()
             self._socket = None
 
-    # --- What the program does --------------------------------------------------------
+    # --- What the program does ----------------------------------------------------
 
     def describe(self, status: Callable[[], str]) -> None:
         """Take another status, which is looked at every second and sent if it differs.
@@ -245,7 +245,7 @@ class Service:
         self._send(_extension())
         self.describe(status)
 
-    # --- Messages -------------------------------------------------------------------
+    # --- Messages -----------------------------------------------------------------
 
     async def _report(self) -> None:
         self._flush()
@@ -320,7 +320,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-# --- What systemd passes ------------------------------------------------------------
+# --- What systemd passes ----------------------------------------------------------
 
 
 def _watchdog(environ: Mapping[str, str]) -> float:

@@ -166,7 +166,7 @@ def _carried(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     return address.sixtofour  # RFC 3056
 
 
-# --- Addresses to listen on --------------------------------------------------------
+# --- Addresses to listen on -------------------------------------------------------
 
 
 def refuse(server: Server, exc: OSError) -> ConfigError:

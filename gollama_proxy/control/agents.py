@@ -397,7 +397,7 @@ class AgentApi:
             await self._hub.state.forget(name)
 
 
-# --- Renewals at other hubs ---------------------------------------------------------
+# --- Renewals at other hubs -------------------------------------------------------
 
 # Seconds for which a renewal is kept in the store: more than the longest lease.
 RENEWED = 2 * 3600.0
@@ -463,7 +463,7 @@ class Renewals:
         return answer.more or bool(self._pending)
 
 
-# --- Proofs and addresses -----------------------------------------------------------
+# --- Proofs and addresses ---------------------------------------------------------
 
 
 async def _challenge(worker: WorkerConfig, port: int, secret: bytes) -> str:

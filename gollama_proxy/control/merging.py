@@ -56,7 +56,7 @@ class Answers(NamedTuple):
             return how(found)
 
 
-# --- Workers and models -------------------------------------------------------------
+# --- Workers and models -----------------------------------------------------------
 
 
 def merge_workers(answers: ByHub) -> list[Shown]:
@@ -130,7 +130,7 @@ def _first(values: Iterable[Any]) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-# --- Requests -----------------------------------------------------------------------
+# --- Requests ---------------------------------------------------------------------
 
 
 def merge_exchanges(answers: ByHub) -> list[Shown]:
@@ -156,7 +156,7 @@ def _marked(answers: ByHub) -> Iterable[Shown]:
     )
 
 
-# --- Samples ------------------------------------------------------------------------
+# --- Samples ----------------------------------------------------------------------
 
 _SUMMED = ("requests", "errors", "running", "waiting", "tokens_per_second")
 
@@ -230,7 +230,7 @@ def merge_histories(histories: Mapping[str, Shown]) -> Shown:
     }
 
 
-# --- Events of other hubs -----------------------------------------------------------
+# --- Events of other hubs ---------------------------------------------------------
 
 SILENCE = 5.0  # seconds
 COUNTED = ("requests", "errors")  # in the second of a sample

@@ -401,7 +401,7 @@ class Follower:
             if kept is not None and kept.hold and worker.held is Hold.NONE:
                 worker.hold(Hold(kept.hold))
 
-    # --- Revocations ------------------------------------------------------------------
+    # --- Revocations --------------------------------------------------------------
 
     def follow_list(self, listed: Revoked) -> None:
         """Take up a new list from the file of revoked tokens."""
@@ -416,7 +416,7 @@ class Follower:
             )
             self._hub.authenticator.revoke(both)
 
-    # --- What other hubs have changed -------------------------------------------------
+    # --- What other hubs have changed ---------------------------------------------
 
     def follow(self, changed: Iterable[Key]) -> None:
         """Put changes of other hubs in force: revocations now, workers soon."""

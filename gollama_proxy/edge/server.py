@@ -130,7 +130,7 @@ class Server(web_server.Server):
     def _make(self) -> _Protocol:
         return _Protocol(self)
 
-    # --- Listening ------------------------------------------------------------------
+    # --- Listening ----------------------------------------------------------------
 
     async def listen(
         self,
@@ -289,7 +289,7 @@ class _Protocol(RequestHandler):
         self._expect_progress(None)
         super().connection_lost(exc)
 
-    # --- A body that is larger than aiohttp's buffer --------------------------------
+    # --- A body that is larger than aiohttp's buffer ------------------------------
 
     def pause_reading(self) -> None:
         self._held = True

@@ -208,7 +208,7 @@ class Pools:
             for model in worker.models:
                 self._once[model.name] = None
 
-    # --- Models ------------------------------------------------------------
+    # --- Models -------------------------------------------------------------------
 
     def models(self) -> list[str]:
         """Return the names of all models that some worker serves."""
@@ -280,7 +280,7 @@ class Pools:
     def _unseen(self) -> list[str]:
         return [worker.name for worker in self.workers if worker.description is None]
 
-    # --- Routes ------------------------------------------------------------------
+    # --- Routes -------------------------------------------------------------------
 
     def resolve(self, name: str | None, allowed: Sequence[str] | None) -> Pool:
         """Return the pool for the name in a request, which may have none.

@@ -91,7 +91,7 @@ class Waker(Listener):
     def gone(self, worker: Worker) -> None:
         self._sleepers.pop(worker, None)
 
-    # --- What requests need ---------------------------------------------------------
+    # --- What requests need -------------------------------------------------------
 
     def expected(
         self, pool: Pool, suits: Callable[[Worker], bool] = bool
@@ -167,7 +167,7 @@ class Waker(Listener):
         worker.woken()
         return True
 
-    # --- Once a second --------------------------------------------------------------
+    # --- Once a second ------------------------------------------------------------
 
     def check(
         self, waiting: Iterable[tuple[Pool, float | None]], workers: Iterable[Worker]

@@ -347,7 +347,7 @@ class Relay:
         """The last bytes that were passed on, at least `TAIL` of a longer answer."""
         return self._transcript.tail()
 
-    # --- Receiver: what the connection calls ---------------------------------------
+    # --- Receiver: what the connection calls --------------------------------------
 
     def head_received(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         clock = self._clock  # a local is cheaper to call

@@ -131,7 +131,7 @@ class Reports:
             self._complaint = why
             logger.warning("hints are not shared with other hubs: %s", why)
 
-    # --- Sending --------------------------------------------------------------------
+    # --- Sending ------------------------------------------------------------------
 
     async def _send(self, *, last: bool = False) -> float | None:
         report, copy = self._hints.gather(last=last), None
@@ -173,7 +173,7 @@ class Reports:
         report.name = self._members.me.name
         return encode(report)
 
-    # --- What was there before ------------------------------------------------------
+    # --- What was there before ----------------------------------------------------
 
     async def _agree_on_key(self) -> None:
         """Use the key that the other hubs use; the first hub makes it."""

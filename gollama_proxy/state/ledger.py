@@ -421,7 +421,7 @@ class Ledger:
             await self.save()
         await self._database.close()
 
-    # --- Other hubs -----------------------------------------------------------------
+    # --- Other hubs ---------------------------------------------------------------
 
     @property
     def busy(self) -> bool:

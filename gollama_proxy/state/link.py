@@ -77,7 +77,7 @@ class Link:
         state = "open" if self._error is None else "closed"
         return f"<Link {state} waiting={len(self._waiting)}>"
 
-    # --- Life -----------------------------------------------------------------------
+    # --- Life ---------------------------------------------------------------------
 
     async def open(self) -> str:
         """Connect, and check what is there; return its name and version.
@@ -155,7 +155,7 @@ class Link:
     def _why_closed(self) -> StoreError:
         return self._error or StoreDownError("no answer")
 
-    # --- Commands -------------------------------------------------------------------
+    # --- Commands -----------------------------------------------------------------
 
     async def ask(
         self, commands: Iterable[Sequence[Argument]], within: float | None = None
@@ -238,7 +238,7 @@ class Link:
             text = f"no answer within {SILENCE * 1000:.0f} ms"
             self.end(StoreDownError(text))
 
-    # --- Messages -------------------------------------------------------------------
+    # --- Messages -----------------------------------------------------------------
 
     async def subscribe(self, channels: Iterable[bytes]) -> None:
         """Subscribe, and wait until that is in force.
@@ -303,7 +303,7 @@ class Link:
                     self._pinged = False
 
 
-# --- What the server is, and what its errors mean -----------------------------------
+# --- What the server is, and what its errors mean ---------------------------------
 
 
 def _make_connection(address: StoreAddress) -> AbstractConnection:

@@ -201,7 +201,7 @@ class LocalState:
         if self.share is not None:
             await self.share(None)
 
-    # --- For a hub that shares them -------------------------------------------------
+    # --- For a hub that shares them -----------------------------------------------
 
     def text(self, key: Key) -> str:
         """Return the text of a fact; "" if there is none, or it was removed."""

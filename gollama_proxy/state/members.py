@@ -100,7 +100,7 @@ class Members:
         """Have a function called when another hub has ended, or is silent."""
         self._left.append(callback)
 
-    # --- Life -----------------------------------------------------------------------
+    # --- Life ---------------------------------------------------------------------
 
     async def start(self) -> None:
         """Register this hub; returns when it knows the others, or the store is DOWN."""
@@ -129,7 +129,7 @@ class Members:
                 ]
             )
 
-    # --- Heartbeats -----------------------------------------------------------------
+    # --- Heartbeats ---------------------------------------------------------------
 
     def _key_of(self, run: str) -> str:
         return self._store.key(f"hub:{run}")

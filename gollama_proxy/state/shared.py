@@ -156,7 +156,7 @@ class SharedState:
             return None
         return Gap(self.others(), self._wall() - (self._clock() - self.read_at))
 
-    # --- Rounds -----------------------------------------------------------------------
+    # --- Rounds -------------------------------------------------------------------
 
     def add(self, parts: Callable[[], Sequence[Part]]) -> None:
         """Have parts take part in the rounds; they are asked for in each."""
@@ -262,7 +262,7 @@ class _Facts:
     def __repr__(self) -> str:
         return f"<_Facts {self.journal!r} unsent={len(self._local.unsent)}>"
 
-    # --- What is sent -----------------------------------------------------------------
+    # --- What is sent -------------------------------------------------------------
 
     @property
     def due(self) -> bool:
@@ -290,7 +290,7 @@ class _Facts:
         age = max(0.0, self._wall() - stamp.changed)
         return f"a{int(age * 1e6) + 1}:{stamp.version}"
 
-    # --- What has come ----------------------------------------------------------------
+    # --- What has come ------------------------------------------------------------
 
     async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
         if answer.renewed:

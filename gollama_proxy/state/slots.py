@@ -509,7 +509,7 @@ def _kind(want: Want) -> tuple[str, int, str]:
     return want.subject, want.rank, want.queue
 
 
-# --- Without the store --------------------------------------------------------------
+# --- Without the store ------------------------------------------------------------
 
 
 def fair_part(slots: int, hubs: int, place: int, key: str) -> int:

@@ -161,7 +161,7 @@ class Store:
     def __repr__(self) -> str:
         return f"<Store {self.url} {self.mode.value}>"
 
-    # --- Life -----------------------------------------------------------------------
+    # --- Life ---------------------------------------------------------------------
 
     async def open(self) -> None:
         """Connect, and stay connected until `close`.
@@ -230,7 +230,7 @@ class Store:
         """
         self._empty_listeners.append(callback)
 
-    # --- Commands -------------------------------------------------------------------
+    # --- Commands -----------------------------------------------------------------
 
     def key(self, name: str) -> str:
         """Return the full name of a key or a channel."""
@@ -302,7 +302,7 @@ class Store:
             with contextlib.suppress(StoreDownError):
                 await self._link.subscribe([name])
 
-    # --- The mode -------------------------------------------------------------------
+    # --- The mode -----------------------------------------------------------------
 
     def _step(self, event: Event, reason: str = "") -> None:
         following = TRANSITIONS.get((self.mode, event))

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from gollama_proxy.telemetry.logs import BatchHandler, Fields, LineFormatter
+from gollama_proxy.telemetry.lines import Fields, LineFormatter
+from gollama_proxy.telemetry.logs import BatchHandler
 from gollama_proxy.wire.headers import TraceContext
 
 if TYPE_CHECKING:

@@ -164,7 +164,7 @@ def _of_histogram(
     return "".join(lines)
 
 
-# --- The format that a client prefers -----------------------------------------------
+# --- The format that a client prefers ---------------------------------------------
 
 
 def prefers_open_metrics(accept: str) -> bool:
@@ -184,7 +184,7 @@ def prefers_open_metrics(accept: str) -> bool:
     return best["application/openmetrics-text"] > best["text/plain"]
 
 
-# --- Several processes, as one ------------------------------------------------------
+# --- Several processes, as one ----------------------------------------------------
 #
 # Counters and histograms are summed.  Of a gauge, its family states what the whole has:
 # the sum, such as of requests in flight, or the highest or lowest value, such as of the

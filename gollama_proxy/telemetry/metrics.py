@@ -195,7 +195,7 @@ class Telemetry:
         yield RELOADED_AT, [("", self._reloaded_at)]
 
 
-# --- Requests that have ended -------------------------------------------------------
+# --- Requests that have ended -----------------------------------------------------
 
 
 class RequestMetrics:

@@ -142,7 +142,7 @@ async def connect(target: Target, *, any_answer: bool = False) -> Connection:
         raise
 
 
-# --- Connections that are kept -----------------------------------------------------
+# --- Connections that are kept ----------------------------------------------------
 
 
 class ConnectionPool:

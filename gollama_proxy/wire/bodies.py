@@ -25,7 +25,7 @@ from gollama_proxy.wire import fields
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import MAX_TOKEN, Field
 
-# --- Content codings -----------------------------------------------------------------
+# --- Content codings --------------------------------------------------------------
 
 CODINGS: tuple[str, ...] = ("gzip", "deflate")
 _ERRORS: tuple[type[Exception], ...] = (zlib.error,)
@@ -131,7 +131,7 @@ def _wbits_of(first: int) -> int:
     return _ZLIB if first & 0x0F == 8 else _RAW
 
 
-# --- Multipart forms ---------------------------------------------------------------
+# --- Multipart forms --------------------------------------------------------------
 
 # Bytes that the head of one part may have, and parts that a form may have.
 MAX_HEAD = 4096

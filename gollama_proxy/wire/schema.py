@@ -337,7 +337,7 @@ class NativeEvent(Private):
     error: EventError | None = None
 
 
-# --- Answers in one piece, and what any event reports of its answer ----------------
+# --- Answers in one piece, and what any event reports of its answer ---------------
 
 
 class Named(Private):

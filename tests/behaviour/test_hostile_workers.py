@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from gollama_proxy.proxy.relay import HOLD_LIMIT
-from gollama_proxy.telemetry.logs import TextFormatter
+from gollama_proxy.telemetry.lines import TextFormatter
 from gollama_proxy.upstream.connection import MAX_HEAD, MAX_HEADERS
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.resume import MAX_EVENT

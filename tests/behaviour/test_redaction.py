@@ -29,7 +29,7 @@ from gollama_proxy.fleet.health import Watchdog
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.telemetry import accesslog, logs
-from gollama_proxy.telemetry.logs import JsonFormatter, TextFormatter
+from gollama_proxy.telemetry.lines import JsonFormatter, TextFormatter
 from gollama_proxy.upstream import probe
 from gollama_proxy.wire import sse
 from gollama_proxy.wire.assemble import Assembler

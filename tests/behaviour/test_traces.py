@@ -9,7 +9,8 @@ import logging
 import pytest
 
 from gollama_proxy.telemetry import logs
-from gollama_proxy.telemetry.logs import BatchHandler, JsonFormatter
+from gollama_proxy.telemetry.lines import JsonFormatter
+from gollama_proxy.telemetry.logs import BatchHandler
 from tests.behaviour.test_retries import two
 from tests.behaviour.test_steps import recent
 from tests.control.test_admin import CALM, begun, complete, endless, get

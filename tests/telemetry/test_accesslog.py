@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from gollama_proxy.telemetry import accesslog
 from gollama_proxy.telemetry.accesslog import LineTemplate, Outcome, Record, access
-from gollama_proxy.telemetry.logs import (
-    BatchHandler,
+from gollama_proxy.telemetry.lines import (
     JournalFormatter,
     JsonFormatter,
     LineFormatter,
     TerminalFormatter,
     TextFormatter,
 )
+from gollama_proxy.telemetry.logs import BatchHandler
 from gollama_proxy.wire.errors import Code
 from gollama_proxy.wire.headers import TraceContext
 from tests.fakes.asks import CHAT

@@ -25,12 +25,16 @@ from hypothesis import strategies as st
 from gollama_proxy.config.settings import Log
 from gollama_proxy.telemetry import accesslog, logs
 from gollama_proxy.telemetry.accesslog import Record
-from gollama_proxy.telemetry.logs import (
-    BatchHandler,
+from gollama_proxy.telemetry.lines import (
+    MOST_CAUSES,
+    JournalFormatter,
     JsonFormatter,
     LineFormatter,
+    TerminalFormatter,
     TextFormatter,
+    prioritised,
 )
+from gollama_proxy.telemetry.logs import BatchHandler
 from tests.fakes.asks import CHAT
 from tests.fakes.clock import Clock
 from tests.fakes.waiting import until
@@ -152,7 +156,7 @@ def test_a_long_chain_of_causes_is_cut() -> None:
     error: BaseException = ValueError("first")
     for _ in range(100):
         error = raised(TypeError("next"), error)
-    assert text_of("failed", error).count("Traceback") == logs.MOST_CAUSES
+    assert text_of("failed", error).count("Traceback") == MOST_CAUSES
 
 
 @pytest.mark.parametrize(
@@ -293,8 +297,8 @@ def test_lines_carry_their_priority_where_the_journal_reads_them(
 
 
 def test_each_line_of_a_traceback_has_the_priority() -> None:
-    assert logs.prioritised("a\nb", logging.ERROR) == "<3>a\n<3>b"
-    form = logs.JournalFormatter(TextFormatter())
+    assert prioritised("a\nb", logging.ERROR) == "<3>a\n<3>b"
+    form = JournalFormatter(TextFormatter())
     lines = form.line("now", logging.ERROR, "failed", error=raised(KeyError("a")))
     assert all(line.startswith("<3>") for line in lines.split("\n"))
     assert lines.endswith("\n<3>KeyError")
@@ -380,7 +384,7 @@ ASKED = Record(
 
 
 def lines_of(*records: Record, colours: bool = False) -> list[str]:
-    form = logs.TerminalFormatter(colours=colours)
+    form = TerminalFormatter(colours=colours)
     return [form.line("12:00", logging.INFO, "request", r.fields()) for r in records]
 
 
@@ -416,7 +420,7 @@ def test_colours_add_nothing_but_colours() -> None:
 
 
 def test_other_lines_on_a_terminal_begin_with_their_message() -> None:
-    form = logs.TerminalFormatter(colours=False)
+    form = TerminalFormatter(colours=False)
     fields = {"subject": "a b", "action": "pause"}
     line = form.line("12:00", logging.INFO, "admin", fields)
     assert line == '12:00  info     admin  subject="a b"  action=pause'
@@ -426,7 +430,7 @@ def test_other_lines_on_a_terminal_begin_with_their_message() -> None:
 
 
 def test_a_terminal_shows_the_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = logs.TerminalFormatter(colours=False)
+    form = TerminalFormatter(colours=False)
     monkeypatch.setenv("TZ", "IST-5:30")
     time.tzset()
     try:
@@ -935,8 +939,8 @@ def test_each_line_of_a_process_of_several_has_its_number() -> None:
         "process": 2,
         "a": 1,
     }
-    people = logs.TerminalFormatter(2, colours=False)
+    people = TerminalFormatter(2, colours=False)
     assert people.line("now", logging.INFO, "m", fields).endswith("a=1  process=2")
-    journal = logs.JournalFormatter(TextFormatter(2))
+    journal = JournalFormatter(TextFormatter(2))
     assert journal.line("now", logging.INFO, "m") == "<6>now info m process=2"
     assert journal.process == 2
