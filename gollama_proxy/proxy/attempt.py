@@ -233,7 +233,7 @@ class Limits:
         self._clock = clock
 
     def begin(self, x: Exchange, lease: Lease) -> asyncio.TimerHandle | None:
-        """Set how long the first event may take; returns the timer of a short limit."""
+        """Set how long the first event may take; return the timer of a short limit."""
         limit = x.config.timeouts.first_token
         if x.noticed_at or lease.loads:
             x.noticed_at, x.loading = 0.0, lease.loads
@@ -324,14 +324,14 @@ def _progress(x: Exchange) -> str:
 
 
 def streams(x: Exchange) -> bool:
-    """Whether a stream is requested from the worker."""
+    """Return whether a stream is requested from the worker."""
     if x.resume is not None or isinstance(x.delivery, Assembly):
         return True
     return x.body.stream and x.body.replayable
 
 
 def takes_comments(x: Exchange) -> bool:
-    """Whether the client reads events, so that it ignores comments."""
+    """Return whether the client reads events, so that it ignores comments."""
     events = x.endpoint.ending is not Ending.BODY
     return events and x.body.replayable and x.body.stream
 
@@ -427,7 +427,7 @@ def report_of(x: Exchange, relay: Relay) -> AnswerReport | None:
 def looks_right(
     x: Exchange, worker: Worker, relay: Relay, report: AnswerReport | None
 ) -> bool:
-    """Whether an answer begins as it should, as nearly all do."""
+    """Return whether an answer begins as it should, as nearly all do."""
     held = relay.held
     if relay.status >= 400:
         return False

@@ -62,7 +62,7 @@ class State(enum.Enum):
     __hash__ = object.__hash__
 
 
-_READING, _ENDED = State.READING, State.ENDED  # (benchmarks/RESULTS.md)
+_READING, _ENDED = State.READING, State.ENDED  # as in `exchange.py`
 _INTERACTIVE = Priority.INTERACTIVE
 _ATTEMPT = {State.QUEUED, State.CONNECTING, State.WAITING}  # where one begins
 
