@@ -1,4 +1,4 @@
-"""What a worker's machine has: graphics cards, memory, addresses, and a server.
+"""What a worker's machine has: graphics cards, memory, addresses, a server's command.
 
 Each source has a reader, which fetches text, and a parser, which is a pure function of
 that text.  The first source that knows a card is used: cards of two makers in one

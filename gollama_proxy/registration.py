@@ -1,4 +1,4 @@
-"""How an agent finds a hub, and keeps its worker registered with it.
+"""How an agent finds a hub, and keeps its worker registered; how hubs are announced.
 
 Hubs that share a store share the registration, too: their answers have the same
 `cluster`.  One of them is called, and the others stand by until it does not answer.

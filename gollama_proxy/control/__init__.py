@@ -1,4 +1,7 @@
-"""What operators use: the admin API, explanations and events."""
+"""What operators use: the admin API, explanations and events.
+
+`Parts` declares what they need of a hub.
+"""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from gollama_proxy.edge.connections import WRITE_BUFFER
 from gollama_proxy.edge.response import Client, ClientStalledError, ReportedError
@@ -37,7 +38,8 @@ from gollama_proxy.wire.sse import LF
 HOLD_LIMIT = 256 << 10
 MOST_HELD = 100  # pieces that are passed on one by one; more are joined
 _NOTHING = Transcript()  # of a relay that has passed nothing on
-_NO_PIECES: list[bytes] = []  # of one that holds nothing any more
+# Of one that holds nothing any more.  All share it, so an append has to fail.
+_NO_PIECES = cast(list[bytes], ())
 _COLON = ord(":")
 _BLANK = re.compile(rb"\n\r?\n")
 MOST_MESSAGE = 500  # characters of such an error that a client gets

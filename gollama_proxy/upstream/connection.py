@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, cast
 
 import httptools
 
@@ -27,7 +27,8 @@ from gollama_proxy.config.tls import explain
 # Bytes of an answer's head that are accepted; llama-server's has 250.
 MAX_HEAD = 64 << 10
 MAX_HEADERS = 128  # as many as aiohttp accepts from a client; llama-server sends 8
-_NO_HEADERS: list[tuple[bytes, bytes]] = []  # once the receiver has them
+# Once the receiver has them.  All connections share it, so an append has to fail.
+_NO_HEADERS = cast(list[tuple[bytes, bytes]], ())
 _FRAMING = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
 # Bytes of framing that are accepted for each byte of the body.  The smallest chunk has
 # five, but extensions and trailers (RFC 9112, 7.1) can have any length; what is beyond

@@ -120,7 +120,7 @@ class Gatherer:
                 self._edge = edge[-3:]
                 return []
             data = b"".join(self._rest)
-        # Inline: this is done for each event of an assembled answer.
+        # As `split_events`, without a call for each event of an assembled answer.
         events = _BLANK_LINE.split(data) if CR in data else data.split(b"\n\n")
         rest = events.pop()
         self._rest, self.size, self._edge = [rest], len(rest), rest[-3:]
