@@ -56,22 +56,24 @@ _SECONDS = re.compile(r"\d+(?:\.\d*)?")
 # --- The request ------------------------------------------------------------------
 
 
-def request_head(
+def request_of(
     worker: WorkerConfig,
     path: str,
     forwarded: bytes,
     content_type: bytes,
     length: int | None,
+    body: bytes,
 ) -> bytes:
-    """Return the head of a request to a worker.
+    """Return the head of a request to a worker, and the body as far as it is there.
 
     `forwarded` are header lines from the client.  Without a length, the body is sent in
-    chunks, of which the first must follow the head.
+    chunks.
     """
     head = _common_head(worker.origin, worker.api_key, path, content_type) + forwarded
     if length is None:
-        return head + b"Transfer-Encoding: chunked\r\n\r\n"
-    return b"%bContent-Length: %d\r\n\r\n" % (head, length)
+        head += b"Transfer-Encoding: chunked\r\n\r\n"
+        return b"%b%x\r\n%b\r\n" % (head, len(body), body) if body else head
+    return b"%bContent-Length: %d\r\n\r\n%b" % (head, length, body)
 
 
 @functools.lru_cache(maxsize=1024)

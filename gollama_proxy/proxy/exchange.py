@@ -29,7 +29,6 @@ from gollama_proxy.edge.response import (
     ClientStalledError,
     Response,
     Sent,
-    error_response,
     write_whole,
 )
 from gollama_proxy.edge.router import Router, Routes
@@ -48,7 +47,7 @@ from gollama_proxy.proxy.attempt import (
     notify_client,
     release,
     report_of,
-    request_head,
+    request_of,
     send,
     takes_comments,
 )
@@ -57,7 +56,7 @@ from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Stream, in_one_piece, open_answer
 from gollama_proxy.proxy.rewrite import Rewriter, tally_of
-from gollama_proxy.proxy.state import Exchange, Running, State, draining
+from gollama_proxy.proxy.state import Exchange, Running, State, draining, took_too_long
 from gollama_proxy.proxy.tokens import Charges, Fitting
 from gollama_proxy.scheduling.admission import Place
 from gollama_proxy.scheduling.balancer import Balancer
@@ -71,13 +70,12 @@ from gollama_proxy.wire.answer import Usage
 from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.errors import (
     Code,
-    HubError,
     NoWorkerError,
     ProxyError,
     RequestError,
     WorkerError,
 )
-from gollama_proxy.wire.schema import ENDPOINTS, Ending, api_of
+from gollama_proxy.wire.schema import ENDPOINTS
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -92,7 +90,6 @@ CLIENT_CLOSED = 499
 _INTERACTIVE = Priority.INTERACTIVE
 _CONNECTING, _STREAMING = State.CONNECTING, State.STREAMING
 _DONE, _COMPLETE = Outcome.COMPLETE, Result.COMPLETE
-_DONE_EVENT = Ending.DONE
 
 
 class Proxy(Running):
@@ -167,21 +164,21 @@ class Proxy(Running):
                     raise draining()
                 response = await handler(request, x)
             except ProxyError as error:
-                response = self._fail(x, error)
+                response = recovery.refuse(x, error)
             except ConnectionError:  # the client left between two steps
                 x.end(Outcome.CLIENT_GONE)
                 x.status = CLIENT_CLOSED
                 return CLOSE
             except Exception as exc:
                 logger.exception("request %s failed", x.id, extra=x.extra)
-                response = self._fail_inside(x, exc)
+                response = recovery.fail_inside(x, exc)
             sent = self._finish(x, response)
             return sent if sent is not None else await _drained(x)
         except asyncio.CancelledError:
             if x.cut is not None and not x.begun and x.state is not State.ENDED:
                 task.uncancel()  # the client is still there, and has got nothing yet
                 x.keep_alive = False
-                sent = self._finish(x, self._fail(x, x.cut))
+                sent = self._finish(x, recovery.refuse(x, x.cut))
                 return sent if sent is not None else await _drained(x)
             x.end(Outcome.CLIENT_GONE)
             x.status = x.status or CLIENT_CLOSED
@@ -216,27 +213,6 @@ class Proxy(Running):
         if head.trace is not None:
             x.trace = head.trace
         x.keep_alive = request.keep_alive and not (head.last or self._draining)
-
-    def _fail(self, x: Exchange, error: ProxyError) -> Response:
-        """End a request that fails before an answer has begun."""
-        x.fail(error)
-        content = x.request.content
-        if isinstance(error, RequestError) and (
-            not content.is_eof() or content.exception() is not None
-        ):
-            x.keep_alive = False  # the rest of its body is in the way
-        return error_response(error, api_of(x.request.raw_path))
-
-    def _fail_inside(self, x: Exchange, exc: Exception) -> Response | Sent:
-        """End a request that met a bug in the hub."""
-        detail = type(exc).__name__
-        error = HubError(Code.INTERNAL, "The hub failed.", detail=detail)
-        response = self._fail(x, error)
-        if not x.begun:
-            return response
-        if x.request.transport is not None:  # it must not look complete
-            x.request.transport.abort()
-        return CLOSE
 
     def _finish(self, x: Exchange, response: Response | Sent) -> Sent | None:
         """Write the answer unless it has been written; None if some of it waits."""
@@ -274,7 +250,7 @@ class Proxy(Running):
             async with asyncio.timeout(limit) as deadline:
                 return await self._serve(request, x, deadline)
         except TimeoutError:
-            raise _took_too_long(limit) from None
+            raise took_too_long(limit) from None
 
     async def _serve(
         self,
@@ -361,7 +337,7 @@ class Proxy(Running):
             if not x.begun or x.client_left:
                 raise
             if deadline is not None and deadline.expired():
-                return recovery.break_off(x, _took_too_long(config.timeouts.request))
+                return recovery.break_off(x, took_too_long(config.timeouts.request))
             recovery.break_off(x, x.cut or draining())
             raise
         finally:
@@ -403,13 +379,9 @@ class Proxy(Running):
         forwarded = x.forwarded
         if x.spans is not None:
             forwarded += x.spans.attempt(lease, resumes=x.resume is not None)
-        data = request_head(
-            worker.config, x.endpoint.path, forwarded, body.content_type, length
+        data = request_of(
+            worker.config, x.endpoint.path, forwarded, body.content_type, length, sent
         )
-        if length is not None:
-            data += sent
-        elif sent:
-            data += b"%x\r\n%b\r\n" % (len(sent), sent)
         # Sending it
         connections = self._connections[worker]
         timer = self._limits.begin(x, lease)
@@ -577,8 +549,3 @@ async def _drained(x: Exchange) -> Sent:
 
 
 _UNSEEN = frozenset({_CONNECTING, State.WAITING})
-
-
-def _took_too_long(limit: float) -> HubError:
-    text = f"The request took more than {limit:g} s."
-    return HubError(Code.REQUEST_TIMEOUT, text)

@@ -18,7 +18,14 @@ import logging
 from collections.abc import Callable
 from typing import Self
 
-from gollama_proxy.edge.response import Client, ReportedError, Response, Sent
+from gollama_proxy.edge.response import (
+    CLOSE,
+    Client,
+    ReportedError,
+    Response,
+    Sent,
+    error_response,
+)
 from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.fleet.worker import LastError, Worker
@@ -30,7 +37,13 @@ from gollama_proxy.proxy.rewrite import Rewriter
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
 from gollama_proxy.wire.assemble import AssemblyError, UnfoldableError
-from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.errors import (
+    Code,
+    HubError,
+    ProxyError,
+    RequestError,
+    WorkerError,
+)
 from gollama_proxy.wire.partial import (
     Partial,
     ask_for_rest,
@@ -41,7 +54,7 @@ from gollama_proxy.wire.partial import (
     for_model,
 )
 from gollama_proxy.wire.resume import Resumer
-from gollama_proxy.wire.schema import Api
+from gollama_proxy.wire.schema import Api, api_of
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +253,28 @@ def give_up(x: Exchange) -> Response | Sent:
     if x.begun and x.delivery is not None:
         return x.delivery.refuse(failure.answer)
     return in_shape_of(x, failure.answer)
+
+
+def refuse(x: Exchange, error: ProxyError) -> Response:
+    """End a request that fails before an answer has begun."""
+    x.fail(error)
+    content = x.request.content
+    if isinstance(error, RequestError) and (
+        not content.is_eof() or content.exception() is not None
+    ):
+        x.keep_alive = False  # the rest of its body is in the way
+    return error_response(error, api_of(x.request.raw_path))
+
+
+def fail_inside(x: Exchange, exc: Exception) -> Response | Sent:
+    """End a request that met a bug in the hub."""
+    detail = type(exc).__name__
+    response = refuse(x, HubError(Code.INTERNAL, "The hub failed.", detail=detail))
+    if not x.begun:
+        return response
+    if x.request.transport is not None:  # it must not look complete
+        x.request.transport.abort()
+    return CLOSE
 
 
 def settle_blame(x: Exchange, worker: Worker) -> None:

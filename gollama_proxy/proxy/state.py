@@ -266,6 +266,12 @@ class Running:
             task.cancel()
 
 
+def took_too_long(limit: float) -> HubError:
+    """Make the error of a request that reaches `timeouts.request`, in seconds."""
+    text = f"The request took more than {limit:g} s."
+    return HubError(Code.REQUEST_TIMEOUT, text)
+
+
 def draining() -> HubError:
     """Make the error of a request that arrives while the hub shuts down."""
     return HubError(Code.DRAINING, "The hub is shutting down.", retry_after=RETRY_AFTER)

@@ -11,7 +11,7 @@ from typing import Any
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, WorkerConfig
 from gollama_proxy.fleet.worker import Worker
-from gollama_proxy.proxy.attempt import release, request_head, send
+from gollama_proxy.proxy.attempt import release, request_of, send
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.upstream.pool import ConnectionPool
@@ -71,10 +71,8 @@ class Bench:
         if length == -1:
             length = len(body)
         lines = b"".join(b"%b: %b\r\n" % field for field in headers)
-        head = request_head(self.config, path, lines, b"application/json", length)
-        if length is None and body:
-            body = b"%x\r\n%b\r\n" % (len(body), body)
-        return await send(x, self.pool, head + body, self.clock, chunked=length is None)
+        data = request_of(self.config, path, lines, b"application/json", length, body)
+        return await send(x, self.pool, data, self.clock, chunked=length is None)
 
     async def exchange(
         self,
