@@ -149,6 +149,10 @@ def test_an_answer_that_lacks_only_its_end_is_closed_as_its_api_does() -> None:
     assert chat.exhausted
     assert chat.closing().endswith(b"data: [DONE]\n\n")
     assert not resumed().exhausted
+    full = Resume.begin(BODY.replace(b"{", b'{"max_tokens":2,', 1), "tiny", True, BEGUN)
+    assert full is not None
+    assert full.exhausted
+    assert b'"delta"' in full.closing()
 
 
 def test_the_end_that_a_worker_does_not_send_is_added() -> None:
@@ -401,6 +405,16 @@ def test_a_stream_without_an_end_cannot_be_assembled() -> None:
     assert recovery.failure_on(x, stage.workers[1], incomplete).cause is Cause.LOST
 
 
+def test_a_stream_that_cannot_be_assembled_is_not_continued() -> None:
+    stage = Stage()
+    stage.x.delivery, stage.x.sent = Assembly(stage.x, Mock()), BODY
+    incomplete = WorkerError(Code.WORKER_INCOMPLETE, "It ended too early.")
+    relay = relayed(BEGUN)
+    failure = recovery.broke_off(stage.x, stage.workers[0], relay, incomplete)
+    assert failure.cause is Cause.UNFOLDABLE
+    assert (stage.x.resume, stage.x.lost) == (None, None)
+
+
 @pytest.mark.parametrize("lasting", [True, False])
 async def test_a_worker_is_suspected_only_if_it_would_fail_again(lasting: bool) -> None:
     stage = Stage()
@@ -472,9 +486,9 @@ def relayed(data: bytes | None) -> Any:
     return SimpleNamespace(relayed=lambda: data)
 
 
-def broken(data: bytes | None = BEGUN, *, fed: bool = True) -> Stage:
+def broken(data: bytes | None = BEGUN, *, fed: bool = True, names: str = "ab") -> Stage:
     """Make a request whose answer broke off behind these bytes."""
-    stage = Stage()
+    stage = Stage(*(worker(name=name, model="tiny") for name in names))
     stage.feed().fed = fed
     stage.x.sent = BODY
     failure = recovery.broke_off(stage.x, stage.workers[0], relayed(data), LOST)
@@ -556,7 +570,8 @@ def test_another_workers_success_shows_that_a_5xx_was_the_workers_own_fault() ->
         good.record(Verdict.FAILURE)
     stage.x.plan.retry_after(Cause.STATUS)
     stage.begin(stage.workers[1])
-    recovery.settle_blame(stage.x, stage.workers[1])
+    for _ in range(100):  # as many slow answers would open it
+        recovery.settle_blame(stage.x, stage.workers[1])
     good.record(Verdict.FAILURE)  # the first one in a row
     assert good.state is BreakerState.CLOSED
     assert culprit.state is BreakerState.OPEN
@@ -587,6 +602,23 @@ def test_an_answer_that_breaks_off_once_more_is_continued_from_there() -> None:
     assert (x.rescued, x.resume) == (1, resume)
     assert resume.partial.text == " no to wu"
     assert x.plan.tried == [a, b]
+
+
+@pytest.mark.parametrize("fed", [True, False])
+async def test_a_worker_that_was_busy_then_continues_it_before_others(
+    fed: bool,
+) -> None:
+    stage = broken(fed=fed, names="abc")
+    x, [_, b, c] = stage.x, stage.workers
+    assert x.resume is not None
+    stage.begin(b)
+    assert await stage.recover(Failure(Cause.BUSY, REFUSAL)) is None
+    stage.begin(c)
+    x.resume.request("tiny")
+    rest_for(x.resume, Recorder()).send(role() + token(" no to") + token(" wu"))
+    recovery.broke_off(x, c, relayed(None), LOST)
+    assert x.resume is not None
+    assert x.plan.candidates() == [b]
 
 
 async def test_a_client_that_lacks_only_the_end_gets_it_from_the_hub() -> None:
