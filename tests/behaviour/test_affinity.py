@@ -279,6 +279,7 @@ async def test_the_wait_for_a_warm_worker_does_not_grow_with_the_queues_timeout(
         max_concurrency=0,
         needs_slot=True,
         ticket=None,
+        holder=None,
     )
     lease = queue.try_acquire(entry)
     assert lease is not None

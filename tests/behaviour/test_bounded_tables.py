@@ -74,8 +74,8 @@ def ask(hub: Hub, model: str, subject: str, outcome: Result) -> None:
     balancer, admission = hub.balancer, hub.queue.admission
     pool = hub.registry.resolve(model, None)
     attempts = plan(balancer, pool)
-    ticket = admission.admit(subject, model)
-    assert ticket is not None
+    holder = admission.admit(subject, model)
+    assert holder is not None
     worker = balancer.pick(attempts, attempts.candidates())
     attempts.begin(worker)
     lease = worker.lease(model)
@@ -83,7 +83,7 @@ def ask(hub: Hub, model: str, subject: str, outcome: Result) -> None:
     worker.pace_of(model)
     worker.breaker_of(model)
     lease.release(outcome)
-    admission.leave(ticket)
+    admission.release(holder)
     hub.telemetry.ended(
         Record("1", "POST", "/v1/chat/completions", model=model, worker=worker.name)
     )
