@@ -20,7 +20,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
 from gollama_proxy.control import peers
-from gollama_proxy.state import link
+from gollama_proxy.state import link, shared
 from tests.fakes.authority import Authority
 from tests.fakes.waiting import DEADLINE
 from tests.real.llama import LlamaServer
@@ -176,6 +176,13 @@ class _Losses(logging.Handler):
 def usual_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have hubs wait as long for the store as in production: 50 ms."""
     monkeypatch.setattr(link, "TIMEOUT", 0.05)
+
+
+@pytest.fixture
+def patient_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have hubs wait for a store that a busy machine holds up, not go on alone."""
+    monkeypatch.setattr(link, "SILENCE", 30.0)
+    monkeypatch.setattr(shared, "CATCHING_UP", 30.0)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from gollama_proxy.config.settings import Queue as Settings
 from gollama_proxy.edge.quotas import SECONDS, Quotas
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority, Subject
-from gollama_proxy.state import link
 from gollama_proxy.state.ledger import Ledger
 from gollama_proxy.state.store import Store
 from tests.fakes.clock import Clock
@@ -77,10 +76,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[StoreServer]:
-    monkeypatch.setattr(link, "SILENCE", 30.0)
+async def server(tmp_path: Path, patient_hubs: None) -> AsyncIterator[StoreServer]:
     async with running_store(tmp_path) as server:
         yield server
 

@@ -730,23 +730,35 @@ async def test_a_request_that_keeps_its_turn_is_notified_too() -> None:
     assert places == [Place(1, 1, None)]
 
 
+class Sleeping:
+    """A queue in front of machines that sleep, and what a waiting client is sent."""
+
+    def __init__(self, machines: int = 1) -> None:
+        self.fleet = Fleet(machines)
+        self.timers = Timers(self.fleet.clock)
+        made = Balancer(self.fleet.registry, Config(), self.fleet.clock)
+        self.queue = Queue(
+            made, Settings(notice=2.0), self.fleet.clock, self.timers, self.fleet.waker
+        )
+        self.request = Request(plan(made, self.fleet.pool))
+        self.notices: list[Place | Waking] = []
+
+    def acquire(self) -> asyncio.Task[Lease]:
+        acquiring = self.queue.acquire(self.request, 0.0, self._notify)
+        return asyncio.create_task(acquiring, name="request")
+
+    async def _notify(self, place: Place | Waking) -> None:
+        self.notices.append(place)
+
+
 async def test_a_client_is_notified_of_the_machine_that_wakes_for_it() -> None:
-    fleet = Fleet()
-    timers = Timers(fleet.clock)
-    made = Balancer(fleet.registry, Config(), fleet.clock)
-    queue = Queue(made, Settings(notice=2.0), fleet.clock, timers, fleet.waker)
-    notices: list[Place | Waking] = []
-
-    async def notify(place: Place | Waking) -> None:
-        notices.append(place)
-
-    request = Request(plan(made, fleet.pool))
-    task = asyncio.create_task(queue.acquire(request, 0.0, notify), name="request")
+    sleeping = Sleeping()
+    fleet, task = sleeping.fleet, sleeping.acquire()
     await turn()
     assert fleet.packets == ["w0"]
-    timers.advance(2.0)
+    sleeping.timers.advance(2.0)
     await turn()
-    assert notices == [Waking("w0")]
+    assert sleeping.notices == [Waking("w0")]
     fleet.rise(fleet.workers[0])
     lease = await task
     assert lease.worker is fleet.workers[0]
@@ -754,24 +766,16 @@ async def test_a_client_is_notified_of_the_machine_that_wakes_for_it() -> None:
 
 
 async def test_a_machine_that_has_failed_the_request_is_not_woken_for_it() -> None:
-    fleet = Fleet(2)
-    timers = Timers(fleet.clock)
-    made = Balancer(fleet.registry, Config(), fleet.clock)
-    queue = Queue(made, Settings(notice=2.0), fleet.clock, timers, fleet.waker)
-    notices: list[Place | Waking] = []
-
-    async def notify(place: Place | Waking) -> None:
-        notices.append(place)
-
-    request = Request(plan(made, fleet.pool))
-    request.plan.begin(fleet.workers[0])
-    task = asyncio.create_task(queue.acquire(request, 0.0, notify), name="request")
+    sleeping = Sleeping(2)
+    fleet = sleeping.fleet
+    sleeping.request.plan.begin(fleet.workers[0])
+    task = sleeping.acquire()
     await turn()
     assert fleet.packets == ["w1"]
-    timers.advance(2.0)
+    sleeping.timers.advance(2.0)
     await turn()
-    assert notices == [Waking("w1")]
-    queue.look_again()
+    assert sleeping.notices == [Waking("w1")]
+    sleeping.queue.look_again()
     await turn()
     assert not task.done()
     fleet.rise(fleet.workers[1])

@@ -9,17 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.state import link
 from gollama_proxy.state.facts import MOST_NEWS, Answer, Entry, Journal
 from gollama_proxy.state.store import Store
 from tests.fakes.valkey import ENGINES, connected, running_store
 
+pytestmark = pytest.mark.usefixtures("patient_hubs")
+
 SECOND = 1_000_000
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "SILENCE", 30.0)  # on a busy machine
 
 
 async def step(store: Store, journal: Journal, *entries: Entry) -> Answer:

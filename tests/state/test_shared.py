@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gollama_proxy.state import link, shared
+from gollama_proxy.state import shared
 from gollama_proxy.state.facts import Key, StoredWorker
 from gollama_proxy.state.folder import StateError
 from gollama_proxy.state.local import LocalState
@@ -30,17 +30,12 @@ from tests.fakes.valkey import (
 from tests.fakes.waiting import until
 from tests.state.test_ledger import Ended
 
+pytestmark = pytest.mark.usefixtures("patient_hubs")
+
 ONE = StoredWorker("one", "admin", {"url": "http://10.0.0.1:1", "slots": 4}, "paused")
 TWO = StoredWorker(
     "two", "agent", {"url": "http://10.0.0.2:1"}, agent={"digest": "f00d"}
 )
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A busy machine may need longer than the 50 ms after which a hub goes on alone.
-    monkeypatch.setattr(shared, "CATCHING_UP", 30.0)
-    monkeypatch.setattr(link, "SILENCE", 30.0)
 
 
 class Copy(SharedState):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.state import link, shared
+from gollama_proxy.state import shared
 from gollama_proxy.state.ledger import DAY, Question, day_of
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.shared import SharedState
@@ -27,14 +27,10 @@ from tests.fakes.valkey import (
 )
 from tests.state.test_ledger import Ended
 
+pytestmark = pytest.mark.usefixtures("patient_hubs")
+
 TODAY = day_of("2026-11-29")
 NOON = TODAY * DAY + DAY / 2
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "CATCHING_UP", 30.0)
-    monkeypatch.setattr(link, "SILENCE", 30.0)
 
 
 class Hub(SharedState):
