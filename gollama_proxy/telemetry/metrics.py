@@ -208,7 +208,8 @@ class RequestMetrics:
         # What requests share, and where they are counted; found again when forgotten.
         self._groups: dict[tuple[object, ...], _Group] = BoundedDict(MOST_GROUPS)
         self._counts: dict[tuple[object, ...], _Counts] = BoundedDict(MOST_GROUPS)
-        self._uncounted: list[_Counts] = []  # those with requests that are not counted
+        # Those with requests that may not be counted yet, each once.
+        self._uncounted: dict[_Counts, None] = {}
         # By label values, in the order of their first use.
         self._requests = _Table(REQUESTS, _Count)
         self._outcomes = _Table(OUTCOMES, _Count)
@@ -286,7 +287,7 @@ class RequestMetrics:
             counts.exemplify(trace.trace_id)
         number = len(counts.measured)
         if number == 1:
-            self._uncounted.append(counts)
+            self._uncounted[counts] = None
             if len(self._uncounted) > MOST_UNCOUNTED:
                 self._count()
         elif number >= MOST_VALUES:

@@ -239,6 +239,7 @@ def _reports(tail: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Nearly always, the last event before `[DONE]` has them.  What it lacks is searched.
     """
+    # Without any, -1: then it may be at the very beginning, which has no line end.
     at = tail.rfind(b"\ndata: {")
     try:
         last = reported.decode(tail[at + 7 : tail.find(b"\n", at + 7)])
