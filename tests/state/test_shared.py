@@ -430,6 +430,6 @@ async def test_the_rounds_go_on_after_the_store_was_gone(tmp_path: Path) -> None
             await server.start()
             await until(lambda: b.local.workers == [ONE], "the other hub has it")
             await until(lambda: a.local.revoked.tokens == {"f00d"}, "it is revoked")
-            assert a.caught_up
+            await until(lambda: a.caught_up and b.caught_up, "their rounds have ended")
             for each in a, b:
                 await each.stop()
