@@ -23,7 +23,7 @@ class Fleet:
     def __init__(self, count: int = 1) -> None:
         self.clock = Clock()
         self.packets: list[str] = []
-        self.failing = False
+        self.error: OSError | None = None  # that sending raises
         configs = tuple(
             WorkerConfig(
                 f"http://10.0.0.{n}:8080",
@@ -43,8 +43,8 @@ class Fleet:
             assert worker.state is WorkerState.ASLEEP
 
     def send(self, worker: Worker) -> None:
-        if self.failing:
-            raise OSError(101, "Network is unreachable")
+        if self.error is not None:
+            raise self.error
         self.packets.append(worker.name)
 
     @property
@@ -170,13 +170,27 @@ def test_another_machine_is_woken_instead() -> None:
 
 
 def test_a_packet_that_cannot_be_sent_wakes_nothing(fleet: Fleet) -> None:
-    fleet.failing = True
+    fleet.error = OSError(101, "Network is unreachable")
     assert fleet.waker.wake_for(fleet.pool) is None
     assert fleet.workers[0].state is WorkerState.ASLEEP
-    fleet.failing = False
+    fleet.error = None
     assert fleet.waker.wake_for(fleet.pool) is None, "not again at once"
     fleet.clock.advance(SETTINGS.pause)
     assert fleet.waker.wake_for(fleet.pool) is fleet.workers[0]
+
+
+def test_the_log_has_why_a_packet_could_not_be_sent(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    [worker] = fleet.workers
+    fleet.error = OSError(101, "Network is unreachable")
+    fleet.waker.wake(worker)
+    fleet.error = OSError("no such interface")  # without a number
+    fleet.waker.wake(worker)
+    assert caplog.messages == [
+        "worker w0: cannot be woken: Network is unreachable",
+        "worker w0: cannot be woken: no such interface",
+    ]
 
 
 def test_a_wait_longer_than_waking_takes_wakes_another_machine() -> None:
@@ -214,8 +228,53 @@ def test_the_time_to_wake_is_learnt() -> None:
     assert fleet.packets == ["w1"], "the quicker one"
 
 
+def test_each_time_to_wake_counts_half(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    [worker] = fleet.workers
+    caplog.set_level("INFO", "gollama_proxy.fleet.wake")
+    for seconds in 40, 10, 25:  # taken to be 40, then 25, and 25 again
+        fleet.wake_and_rise(worker, seconds)
+        worker.observe(Check.FAILED, "no answer")
+    assert caplog.messages == [
+        "worker w0: woke within 40 s",
+        "worker w0: woke within 10 s",
+        "worker w0: woke within 25 s",
+    ]
+    fleet.packets.clear()
+    fleet.check(25)
+    assert not fleet.packets
+    fleet.check(25.1)
+    assert fleet.packets == ["w0"]
+
+
+def test_a_machine_sleeps_on_when_no_request_has_missed_it(fleet: Fleet) -> None:
+    fleet.check()
+    assert not fleet.packets
+
+
+def test_machines_in_front_of_one_that_wakes_change_nothing() -> None:
+    fleet = Fleet(3)
+    one, two, three = fleet.workers
+    fleet.wake_and_rise(one, 10)  # awake, and known
+    fleet.waker.wake(two)
+    fleet.clock.advance(SETTINGS.timeout)  # no longer expected
+    fleet.waker.wake(three)
+    assert fleet.waker.expected(fleet.pool) is three
+    fleet.packets.clear()
+    fleet.clock.advance(REPEAT)
+    fleet.check()
+    assert two.state is WorkerState.ASLEEP
+    assert fleet.packets == ["w2"]
+
+
 def test_a_machine_that_goes_away_is_forgotten(fleet: Fleet) -> None:
     fleet.waker.wake_for(fleet.pool)
+    fleet.registry.remove("w0")
+    assert repr(fleet.waker) == "<Waker waking=0>"
+
+
+def test_a_machine_that_was_never_woken_goes_away(fleet: Fleet) -> None:
     fleet.registry.remove("w0")
     assert repr(fleet.waker) == "<Waker waking=0>"
 
@@ -265,6 +324,7 @@ def test_an_outlook_wakes_nothing(fleet: Fleet) -> None:
     assert not fleet.packets
     fleet.waker.wake_for(fleet.pool)
     assert fleet.waker.would_wake(fleet.pool) is worker
+    assert fleet.waker.would_wake(fleet.pool, lambda worker: False) is None
 
 
 def test_other_settings_count_at_once(fleet: Fleet) -> None:

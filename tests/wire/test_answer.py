@@ -291,6 +291,41 @@ def test_how_a_prompt_was_read(
     assert read_tail(Api.OPENAI, tail.encode()).reading == expected
 
 
+@pytest.mark.parametrize(
+    ("tokens", "cached", "seconds", "possible"),
+    [
+        (0, 0, 0.0, True),
+        (9, 3, 1e9, True),
+        (-1, 0, 1.0, False),
+        (1, -1, 1.0, False),
+        (1, 0, -0.1, False),
+        (1, 0, float("inf"), False),
+        (1, 0, float("nan"), False),
+    ],
+)
+def test_absurd_numbers_are_impossible(
+    tokens: int, cached: int, seconds: float, possible: bool
+) -> None:
+    assert Prefill(tokens, cached, seconds).possible == possible
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cached", "seconds", "plausible"),
+    [
+        (1, 0, 0.01, True),
+        (9, 3, 11.0, True),  # clocks differ
+        (9, 3, 11.1, False),
+        (0, 9, 1.0, False),  # it read nothing, so it took no time
+        (1, -1, 1.0, False),
+        (1, 0, 0.0, False),
+    ],
+)
+def test_a_prompt_is_not_read_for_longer_than_its_answer_takes_to_begin(
+    tokens: int, cached: int, seconds: float, plausible: bool
+) -> None:
+    assert Prefill(tokens, cached, seconds).plausible_in(10.0) == plausible
+
+
 # --- Its model and its build ------------------------------------------------------
 
 WHOLE = [
@@ -331,6 +366,10 @@ def test_the_model_of_an_answer(body: bytes, model: str | None) -> None:
         (b'{"model":null,"inner":{"model":"first"}}', "first"),
         (b'{"model":"ti', None),
         (b'{"model":"a\x7fb"}', "a\x7fb"),
+        (b'{"model":"first","model":"second"}', "first"),
+        (b'{"model":"a\\u00e9"}', "aé"),
+        ('{"model":"é"}'.encode(), "é"),
+        (b'{"model":"\xff"}', None),
     ],
 )
 def test_the_first_model_that_is_named(held: bytes, model: str | None) -> None:
@@ -371,6 +410,8 @@ def test_the_first_model_is_what_a_plain_expression_finds(parts: list[bytes]) ->
         (b'{"system_fingerprint" : "b1"}', "b1"),
         (b'{"system_fingerprint":null}', ""),
         (b'{"system_fingerprint":"%b"}' % (b"x" * 200), ""),
+        (b'{"system_fingerprint":"b1","system_fingerprint":"b2"}', "b1"),
+        (b'{"system_fingerprint":"b\xff"}', "b\N{REPLACEMENT CHARACTER}"),
         (b"{}", ""),
     ],
 )
