@@ -36,7 +36,6 @@ from gollama_proxy.wire.answer import (
     model_of,
     read_answer,
 )
-from gollama_proxy.wire.assemble import AssemblyError, LostTextError
 from gollama_proxy.wire.errors import (
     Code,
     NoWorkerError,
@@ -45,6 +44,7 @@ from gollama_proxy.wire.errors import (
     WorkerError,
     error_body,
 )
+from gollama_proxy.wire.folding import AssemblyError, LostTextError
 from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import Ending, EventError
 

@@ -67,7 +67,6 @@ from gollama_proxy.telemetry.accesslog import Outcome
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire import headers
 from gollama_proxy.wire.answer import Usage
-from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.errors import (
     Code,
     NoWorkerError,
@@ -75,6 +74,7 @@ from gollama_proxy.wire.errors import (
     RequestError,
     WorkerError,
 )
+from gollama_proxy.wire.folding import AssemblyError
 from gollama_proxy.wire.schema import ENDPOINTS
 
 if TYPE_CHECKING:

@@ -36,7 +36,6 @@ from gollama_proxy.proxy.response import Assembly, Stream, in_shape_of
 from gollama_proxy.proxy.rewrite import Rewriter
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
-from gollama_proxy.wire.assemble import AssemblyError, UnfoldableError
 from gollama_proxy.wire.errors import (
     Code,
     HubError,
@@ -44,6 +43,7 @@ from gollama_proxy.wire.errors import (
     RequestError,
     WorkerError,
 )
+from gollama_proxy.wire.folding import AssemblyError, UnfoldableError
 from gollama_proxy.wire.partial import (
     Partial,
     ask_for_rest,

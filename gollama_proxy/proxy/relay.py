@@ -27,8 +27,8 @@ from gollama_proxy.tasks import held_up
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import answer, sse
 from gollama_proxy.wire.answer import NO_END, TAIL, End, Tally, read_end
-from gollama_proxy.wire.assemble import AssemblyError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.folding import AssemblyError
 from gollama_proxy.wire.headers import read_answer_head
 from gollama_proxy.wire.resume import MOST_WORDS, Transcript
 from gollama_proxy.wire.schema import Ending, Endpoint, EventError

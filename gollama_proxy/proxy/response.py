@@ -27,8 +27,8 @@ from gollama_proxy.edge.response import (
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.wire import sse
-from gollama_proxy.wire.assemble import Assembler, AssemblyError
 from gollama_proxy.wire.errors import ProxyError, status_body, write_error_event
+from gollama_proxy.wire.folding import Assembler, AssemblyError
 from gollama_proxy.wire.schema import Ending
 from gollama_proxy.wire.sse import ErrorReshaper, Renamer, UsageHider, renamed
 

@@ -18,7 +18,7 @@ from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.response import Assembly
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.wire.answer import Tally
-from gollama_proxy.wire.requests import (
+from gollama_proxy.wire.assemble import (
     ask_for_stream,
     ask_for_usage,
     choices_of,

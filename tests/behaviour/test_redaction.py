@@ -32,9 +32,9 @@ from gollama_proxy.telemetry import accesslog, logs
 from gollama_proxy.telemetry.lines import JsonFormatter, TextFormatter
 from gollama_proxy.upstream import probe
 from gollama_proxy.wire import sse
-from gollama_proxy.wire.assemble import Assembler
 from gollama_proxy.wire.errors import Code, RequestError
 from gollama_proxy.wire.fields import classify
+from gollama_proxy.wire.folding import Assembler
 from gollama_proxy.wire.partial import Partial, Span, read_event
 from gollama_proxy.wire.schema import raw_chunk
 from tests.behaviour.test_retries import InOrder

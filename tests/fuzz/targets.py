@@ -20,7 +20,7 @@ from gollama_proxy.scheduling.affinity import prefixes
 from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.wire import fields, sse
 from gollama_proxy.wire.answer import beginning, read_end, read_tail, read_usage
-from gollama_proxy.wire.assemble import Assembler, AssemblyError
+from gollama_proxy.wire.assemble import ask_for_stream, ask_for_usage
 from gollama_proxy.wire.errors import RequestError, WorkerError
 from gollama_proxy.wire.fields import (
     Field,
@@ -30,6 +30,7 @@ from gollama_proxy.wire.fields import (
     find_model,
     read_whole,
 )
+from gollama_proxy.wire.folding import Assembler, AssemblyError
 from gollama_proxy.wire.partial import (
     Partial,
     Span,
@@ -38,7 +39,6 @@ from gollama_proxy.wire.partial import (
     can_rescue,
     exhausted,
 )
-from gollama_proxy.wire.requests import ask_for_stream, ask_for_usage
 from gollama_proxy.wire.resume import Resumer, Transcript
 from gollama_proxy.wire.schema import ENDPOINTS, Api, Ending
 from gollama_proxy.wire.sse import Renamer, UsageHider, renamed

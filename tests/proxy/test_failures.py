@@ -20,8 +20,8 @@ from gollama_proxy.proxy.attempt import (
 from gollama_proxy.proxy.failures import Again, Cause, DrainedError, rule_of
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
+from gollama_proxy.wire.folding import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.partial import DivergedError, UnreadableError
 from gollama_proxy.wire.schema import ENDPOINTS, EventError
 from tests.fakes.cases import case

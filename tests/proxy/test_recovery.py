@@ -29,7 +29,6 @@ from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome, Step
-from gollama_proxy.wire.assemble import UnfoldableError
 from gollama_proxy.wire.description import Check, Description, Model
 from gollama_proxy.wire.errors import (
     OVERFLOW_TYPE,
@@ -39,6 +38,7 @@ from gollama_proxy.wire.errors import (
     ProxyError,
     WorkerError,
 )
+from gollama_proxy.wire.folding import UnfoldableError
 from gollama_proxy.wire.headers import TraceContext
 from gollama_proxy.wire.partial import DivergedError
 from gollama_proxy.wire.schema import ENDPOINTS

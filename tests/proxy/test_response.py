@@ -18,9 +18,9 @@ from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_one_piece
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
+from gollama_proxy.wire.assemble import ask_for_stream
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
-from gollama_proxy.wire.requests import ask_for_stream
+from gollama_proxy.wire.folding import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes import requests
 from tests.fakes.clock import Clock

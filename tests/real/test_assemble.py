@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from gollama_proxy.wire.assemble import AssemblyError, LostTextError, UnfoldableError
-from gollama_proxy.wire.requests import ask_for_stream
+from gollama_proxy.wire.assemble import ask_for_stream
+from gollama_proxy.wire.folding import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.schema import ENDPOINTS, Ending
 from tests.real.gguf_tiny import write_tiny_gguf
 from tests.real.llama import LlamaServer
