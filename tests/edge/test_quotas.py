@@ -125,6 +125,13 @@ def test_what_was_overdrawn_has_to_age_before_the_next_one_goes_in() -> None:
     assert quotas.take("a", None, 100).allowed
 
 
+def test_a_single_token_counts() -> None:
+    quotas = make()
+    quotas.take("a", None, 1)
+    quotas.spend("a", 1)
+    assert not quotas.take("a", None, 1).allowed
+
+
 @pytest.mark.parametrize("tokens", [0, -5])
 def test_an_answer_without_tokens_costs_none(tokens: int) -> None:
     quotas = make()
@@ -222,6 +229,16 @@ def test_a_month_that_has_begun_may_take_weeks_to_end() -> None:
     assert "2027-01-01 00:00 UTC" in error.message
 
 
+def test_a_day_alone_has_no_month() -> None:
+    ledger = Ledger(clock=Clock(NOON))
+    quotas = make(ledger=ledger)
+    spending(ledger, 100)
+    error = quotas.take("a", None, None, 100, 101).error()  # of the month, 1 is left
+    assert error.message.endswith("Please try again at 2026-11-30 00:00 UTC.")
+    assert quotas.look("a", None, None, 100).month is None
+    assert quotas.look("a", None, None, None, 100).day is None
+
+
 def test_what_is_only_shown_is_not_counted() -> None:
     quotas = make()
     for _ in range(3):
@@ -230,6 +247,50 @@ def test_what_is_only_shown_is_not_counted() -> None:
         assert [(claim, gauge.remaining) for claim, _, gauge in standing.gauges()] == [
             *(("rpm", 2), ("tpm", 5), ("tokens_per_day", 7), ("tokens_per_month", 9))
         ]
+
+
+# --- Several hubs -----------------------------------------------------------------
+
+
+def test_what_was_used_here_is_counted_for_the_other_hubs() -> None:
+    quotas = make()
+    quotas.changed = {}
+    assert quotas.used_here("a") == (0, 0)
+    for used in (1, 2):
+        quotas.take("a", 5, 100)
+        assert list(quotas.changed) == ["a"]
+        quotas.changed.clear()
+        quotas.spend("a", 7)
+        assert list(quotas.changed) == ["a"]
+        assert quotas.used_here("a") == (used, 7 * used)
+    quotas.changed.clear()
+    quotas.spend("a", 0)
+    quotas.look("a", 5, 100)
+    assert not quotas.changed
+    assert quotas.used_here("b") == (0, 0)
+
+
+def test_without_other_hubs_nothing_is_counted_for_them() -> None:
+    quotas = make()
+    quotas.take("a", 5, 100)
+    quotas.spend("a", 7)
+    assert quotas.used_here("a") == (0, 0)
+
+
+def test_what_was_used_at_other_hubs_counts_here() -> None:
+    clock = Clock()
+    quotas = make(clock=clock)
+    quotas.changed = {}
+    quotas.add_others("a", 3, 40)
+    standing = quotas.look("a", 4, 50)
+    assert standing.requests is not None
+    assert standing.tokens is not None
+    assert (standing.requests.remaining, standing.tokens.remaining) == (1, 10)
+    assert quotas.used_here("a") == (0, 0), "they know it already"
+    assert not quotas.changed
+    clock.advance(61)
+    standing = quotas.look("a", 4, None)
+    assert standing.requests == Gauge(4, 4, 0.0, 0.0)
 
 
 # --- Memory -----------------------------------------------------------------------

@@ -73,6 +73,13 @@ def test_a_lease_lasts_from_each_renewal(fleet: Agents, clock: Clock) -> None:
     assert fleet.expire() == []
 
 
+def test_a_lease_that_has_ended_is_not_renewed(fleet: Agents) -> None:
+    lease = leased(fleet, worker())
+    fleet.release("desk")
+    with pytest.raises(KeyError):
+        fleet.renew(lease, {})
+
+
 def test_an_agent_keeps_its_lease_without_another_proof(fleet: Agents) -> None:
     lease = leased(fleet, worker())
     assert fleet.begin(worker(), ONE) is lease
@@ -107,7 +114,7 @@ def refusal(fleet: Agents, config: WorkerConfig, agent: str = OTHER) -> RequestE
 def test_a_name_belongs_to_one_address(fleet: Agents, clock: Clock) -> None:
     leased(fleet, worker())
     error = refusal(fleet, worker(url="http://10.0.0.2:8080"))
-    assert error.code is Code.CONFLICT
+    assert (error.code, error.param) == (Code.CONFLICT, "name")
     assert "http://10.0.0.1:8080" in str(error)
     clock.advance(30)
     fleet.expire()
@@ -122,10 +129,17 @@ def test_proofs_and_leases_are_limited(
     first = fleet.begin(worker("a"), ONE)
     error = refusal(fleet, worker("a"), ONE)
     assert (error.code, error.retry_after) == (Code.RATE_LIMITED, 1)
+    assert error.message == (
+        "The hub is checking another registration. Try again in a moment."
+    )
     fleet.begin(worker("b"), ONE)
     assert refusal(fleet, worker("c"), ONE).code is Code.RATE_LIMITED
     fleet.conclude(first, proved=True)
-    assert refusal(fleet, worker("c"), ONE).code is Code.CONFLICT
+    error = refusal(fleet, worker("c"), ONE)
+    assert (error.code, error.message) == (
+        Code.CONFLICT,
+        "1 workers are registered, which is the limit (agents.limit).",
+    )
     assert fleet.begin(worker("a"), ONE) is first
     assert repr(fleet) == "<Agents leases=1 proving=1>"
 
@@ -206,20 +220,22 @@ def test_an_address_in_a_private_network(fleet: Agents, host: str, peer: str) ->
 def test_another_address(fleet: Agents, host: str, peer: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason) as caught:
         fleet.check_address(host, peer)
-    assert caught.value.code is Code.ADDRESS_REFUSED
+    assert (caught.value.code, caught.value.param) == (Code.ADDRESS_REFUSED, "url")
 
 
 @pytest.mark.parametrize(
-    ("networks", "allowed"),
-    [((), False), (("8.8.8.0/24",), True), (("10.0.0.0/8", "2001:db8::/32"), False)],
+    ("networks", "listed"),
+    [((), "none"), (("10.0.0.0/8", "2001:db8::/32"), "10.0.0.0/8, 2001:db8::/32")],
 )
-def test_the_networks_are_settings(clock: Clock, networks: Any, allowed: bool) -> None:
+def test_the_networks_are_settings(clock: Clock, networks: Any, listed: str) -> None:
     fleet = Agents(Settings(networks=networks), clock)
-    if allowed:
+    with pytest.raises(RequestError) as caught:
         fleet.check_address("8.8.8.8", FAR)
-        return
-    with pytest.raises(RequestError, match=r"agents\.networks"):
-        fleet.check_address("8.8.8.8", FAR)
+    assert caught.value.message == (
+        f"The address 8.8.8.8 is outside the networks of agents.networks ({listed})."
+    )
+    fleet.reconfigure(Settings(networks=("8.8.8.0/24",)))
+    fleet.check_address("8.8.8.8", FAR)
 
 
 def test_other_settings_are_for_new_leases_and_renewals(clock: Clock) -> None:

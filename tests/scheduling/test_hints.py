@@ -237,6 +237,60 @@ def test_a_speed_is_reported_again_when_it_has_changed() -> None:
     assert deliver(one) is not None
 
 
+def looks(hub: FakeHub, calls: int) -> list[int]:
+    """Return how many speeds each call of `gather` reports."""
+    reports = [hub.hints.gather() for _ in range(calls)]
+    return [len(report.rates) if report else 0 for report in reports]
+
+
+def test_few_calls_look_at_the_speed_of_a_worker_or_a_few() -> None:
+    every = hints.EVERY
+    one = FakeHub("a", Clock(), count=3)
+    for worker in one.workers:
+        teach(worker)
+    quiet = [0] * (every - 1)
+    assert looks(one, 3 * every) == [*quiet, 1] * 3
+    many = FakeHub("a", Clock(), count=4 * hints.CYCLE)
+    for worker in many.workers[1:]:  # the first one has learnt nothing
+        teach(worker)
+    assert looks(many, every) == [*quiet, 4]
+    for worker in many.workers:
+        teach(worker, 10)
+    assert looks(many, 7 * every) == [*quiet, 5] * 7, "the rest of the 40"
+    assert looks(many, 2 * every) == [*quiet, 5, *quiet, 0], "from the first again"
+
+
+def test_the_last_call_looks_at_all_speeds() -> None:
+    one, _, _ = two()
+    for _ in range(hints.EVERY):
+        one.hints.gather()
+    for worker in one.workers:
+        teach(worker)
+    report = one.hints.gather(last=True)
+    assert report is not None
+    assert [report.places[each.place] for each in report.rates] == [
+        (worker.url, MODEL) for worker in one.workers
+    ]
+
+
+def test_the_places_of_speeds_are_remembered_by_worker_and_model() -> None:
+    one, _, _ = two()
+    for number, worker in enumerate(one.workers):
+        teach(worker, 1000 * (number + 1))
+    assert deliver(one) is not None
+    assert deliver(one) is None
+
+
+def test_a_model_without_a_speed_hides_no_other() -> None:
+    one, _, _ = two()
+    one.workers[0].pace_of("unused")
+    one.workers[0].pace_of(MODEL)
+    teach(one.workers[0])
+    report = deliver(one)
+    assert report is not None
+    assert report.places == ((one.workers[0].url, MODEL),)
+
+
 def test_a_worker_that_lists_its_models_later_has_the_speed_by_then() -> None:
     clock = Clock()
     one, late = FakeHub("a", clock), FakeHub("b", clock, count=0)

@@ -119,6 +119,16 @@ def whole(**fields: Any) -> bytes:
         (Api.OPENAI, {"usage": None}, Usage()),
         (Api.OPENAI, {"usage": [1], "timings": 5}, Usage()),
         (Api.OPENAI, {}, Usage()),
+        # Transcriptions, which have the names of the Responses API.
+        (
+            Api.OPENAI,
+            {"usage": {"input_tokens": 14, "output_tokens": 45}},
+            Usage(14, 45),
+        ),
+        # Timings without all that makes a prompt's reading known.
+        (Api.OPENAI, {"timings": {"prompt_n": 5}}, Usage(5)),
+        (Api.OPENAI, {"timings": {"cache_n": 7}}, Usage(7)),
+        (Api.OPENAI, {"timings": {"predicted_n": 3}}, Usage(None, 3)),
         # Only the definition of the route's API counts.
         (Api.OPENAI, {"usage": OPENAI | ANTHROPIC}, COUNTED),
         (Api.RESPONSES, {"usage": OPENAI}, Usage()),

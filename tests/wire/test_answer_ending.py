@@ -287,6 +287,39 @@ def test_half_of_several_native_completions_is_not_complete() -> None:
     assert marks(b'data: {"index":0,"stop":true}\n\n' + ended, Ending.STOP)[0]
 
 
+def test_a_choice_with_two_events_in_the_tail_has_ended_with_either() -> None:
+    """Servers may send the usage of a choice behind its reason."""
+    events = of_choice(0, "stop") + of_choice(1, "stop") + of_choice(1, None)
+    assert read_end(events, Ending.DONE).complete == is_complete(events, Ending.DONE)
+    tail = of_choice(1, None) + of_choice(0, "stop")
+    assert not is_complete(tail, Ending.DONE)
+
+
+@pytest.mark.parametrize(
+    ("data", "ending", "ends"),
+    [
+        (b'{"index":1,"stop":true}', Ending.STOP, {1: True}),
+        (b'{"index":0,"stop":false}', Ending.STOP, {0: False}),
+        (b'{"content":"a"}', Ending.STOP, {}),  # of a server without several answers
+        (b'{"choices":[{"index":2,"finish_reason":"stop"}]}', Ending.DONE, {2: True}),
+        (b'{"choices":[{"index":2}]}', Ending.DONE, {2: False}),
+        (b'{"choices":null}', Ending.DONE, {}),
+        (b"[DONE]", Ending.DONE, {}),
+        (b'{"index":1,"stop":true}', Ending.NAMED, {}),
+    ],
+)
+def test_the_choices_that_end_in_an_event(
+    data: bytes, ending: Ending, ends: dict[int, bool]
+) -> None:
+    assert ends_in(data, ending) == ends
+
+
+@pytest.mark.parametrize("ending", [Ending.NAMED, Ending.TRANSCRIPT, Ending.BODY])
+def test_other_streams_have_fields_for_errors_of_their_own(ending: Ending) -> None:
+    item = b'data: {"type":"item","item":{"error":"no such file"}}\n\n'
+    assert not has_error(item, ending)
+
+
 @pytest.mark.parametrize("ending", [Ending.DONE, Ending.STOP])
 @pytest.mark.parametrize(
     "error",
@@ -302,6 +335,16 @@ def test_an_error_counts_whatever_follows(error: bytes, ending: Ending) -> None:
     written = error.replace(b'"', rb"\"")
     assert not read_end(b'data: {"content":"%b"}\n\n' % written, ending).failed
     assert not read_end(b'data: {"choices":[],"error":null}\n\n', ending).failed
+
+
+def test_an_end_has_the_usage_of_its_api() -> None:
+    counts = {"input_tokens": 9, "output_tokens": 4}
+    tail = event({"usage": counts, "timings": replies.timings_of(4, 9)})
+    began = b'{"cache_read_input_tokens":20}'
+    end = read_end(tail, Ending.NAMED, Api.ANTHROPIC, began, answers=3)
+    assert (end.usage.prompt, end.usage.generated) == (29, 4)
+    end = read_end(tail, Ending.DONE, Api.OPENAI, b"", answers=3)
+    assert (end.usage.prompt, end.usage.generated) == (9, 12)
 
 
 # --- A tally ----------------------------------------------------------------------

@@ -265,6 +265,8 @@ def test_the_count_of_a_worker_is_better_than_that_of_events() -> None:
     assert parsed(dump(chat_chunk(choice, **timings))).tokens == 3
     usage: dict[str, Any] = {"usage": {"completion_tokens": 4}}
     assert parsed(dump(chat_chunk(choice, **usage))).tokens == 4
+    uncounted = dump(chat_chunk(choice))
+    assert parsed(dump(chat_chunk(choice, **usage)) + uncounted).tokens == 4
 
 
 def test_a_finished_answer_needs_no_more_than_its_end() -> None:
@@ -495,6 +497,27 @@ def test_an_answer_of_max_tokens_is_closed_for_its_length() -> None:
     relayed = text_stream(["a", "b"], reason=None)
     seen = read(relayed + closing(parsed(relayed), chat=False))
     assert (seen.text, seen.reasons, seen.done) == ("ab", ["length"], 1)
+
+
+@pytest.mark.parametrize(
+    ("chat", "kind", "nothing"),
+    [
+        (True, "chat.completion.chunk", {"delta": {}}),
+        (False, "text_completion", {"text": ""}),
+    ],
+)
+def test_the_last_event_has_the_shape_of_its_api(
+    chat: bool, kind: str, nothing: dict[str, Any]
+) -> None:
+    last = closing(parsed(chat_stream(["a"], reason=None)), chat=chat)
+    data = last.removeprefix(b"data: ").removesuffix(b"\n\n" + replies.done())
+    assert json.loads(data) == {
+        "id": "chatcmpl-1",
+        "object": kind,
+        "created": 1,
+        "model": "tiny",
+        "choices": [{"index": 0, **nothing, "finish_reason": "length"}],
+    }
 
 
 def test_closing_a_closed_answer_adds_nothing() -> None:

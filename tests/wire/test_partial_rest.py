@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from gollama_proxy.wire.partial import (
     ask_for_rest,
@@ -137,6 +138,11 @@ def test_an_answer_that_nothing_proves_is_requested_again(relayed: bytes) -> Non
     assert not can_continue(chat_body(), parsed(relayed), chat=True)
 
 
+def test_two_pieces_with_two_characters_are_proof_enough() -> None:
+    partial = parsed(chat_stream(["a", "b"], reason=None))
+    assert can_continue(chat_body(), partial, chat=True)
+
+
 def test_a_text_is_its_own_proof() -> None:
     """A text after a prompt continues it."""
     partial = parsed(text_stream(["-"], reason=None))
@@ -164,7 +170,7 @@ def test_an_answer_that_the_client_has_begun_is_asked_for_again() -> None:
     assert not can_continue(body, CHAT, chat=True)
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], {}, 7, None])
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [1, "a"], {}, 7, None])
 def test_a_prompt_counts_as_a_request_for_text(prompt: Any) -> None:
     assert not can_rescue(text_body(prompt=prompt), chat=False)
     assert can_rescue(text_body(prompt=[1, 2, 3]), chat=False)
@@ -239,6 +245,14 @@ def test_an_answer_with_all_requested_tokens_is_exhausted(
     partial = parsed(chat_stream(["a", "b"], reason=None))
     assert exhausted(chat_body(**{name: limit}), partial) is nothing_left
     assert exhausted(text_body(**{name: limit}), partial) is nothing_left
+
+
+def test_half_a_token_is_not_counted() -> None:
+    """The worker that continues may write the whole of it."""
+    partial = parsed(chat_stream(["a", "b"], reason=None))
+    body = chat_body(max_tokens=2)
+    assert exhausted(body, partial)
+    assert not exhausted(body, replace(partial, halved=True))
 
 
 def test_the_lowest_of_several_limits_applies() -> None:
