@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from gollama_proxy.config.settings import Rescue, Retry, Routing
+from gollama_proxy.config.settings import Config, Rescue, Retry, Routing
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.plan import Plan
+from gollama_proxy.scheduling import balancer as balancing
 from gollama_proxy.scheduling.balancer import Balancer, RetryBudget
-from gollama_proxy.scheduling.policies import Ask, Fits, Policy
+from gollama_proxy.scheduling.policies import Ask, Fits, Policy, Turn
 from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code, NoWorkerError
@@ -140,19 +142,94 @@ def test_a_single_worker_needs_no_policy() -> None:
 
 def test_policies_learn_what_was_found_in_a_cache() -> None:
     class Pupil(InOrder):
-        learnt: ClassVar[list[tuple[int, int]]] = []
+        learnt: ClassVar[list[tuple[Ask, Worker, int, int]]] = []
 
         def learn(
             self, ask: Ask, worker: Worker, cached_tokens: int, prompt_tokens: int
         ) -> None:
-            self.learnt.append((cached_tokens, prompt_tokens))
+            self.learnt.append((ask, worker, cached_tokens, prompt_tokens))
 
     made = balancer("a", "a")
     made.policy = Pupil()
     attempts = plan(made, made.registry.pool("a"))
-    made.learn(attempts, made.registry.workers[0], Prefill(5, 3))
-    made.learn(attempts, made.registry.workers[0], Prefill(-5, 3))
-    assert Pupil.learnt == [(3, 8)]
+    worker = made.registry.workers[1]
+    made.learn(attempts, worker, Prefill(5, 3))
+    made.learn(attempts, worker, Prefill(-5, 3))
+    assert Pupil.learnt == [(attempts.ask, worker, 3, 8)]
+
+
+class Noted(InOrder):
+    """A policy that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.shared: list[tuple[bytes, dict[int, Turn]]] = []
+        self.turns: list[Turn] = []
+        self.asked: list[Ask] = []  # twins
+
+    def share(self, key: bytes, outbox: dict[int, Turn]) -> None:
+        self.shared.append((key, outbox))
+
+    def note(self, turn: Turn) -> None:
+        self.turns.append(turn)
+
+    def twin(self, ask: Ask) -> Policy:
+        self.asked.append(ask)
+        return InOrder()
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noted]:
+    """Have every policy keep what it gets; they are listed by name."""
+    made: dict[str, Noted] = {}
+
+    def make(name: str, clock: Clock, rng: random.Random) -> Policy:
+        return made.setdefault(name, Noted())
+
+    monkeypatch.setattr(balancing, "make", make)
+    return made
+
+
+def test_policies_share_conversations_with_the_same_key(
+    noted: dict[str, Noted],
+) -> None:
+    made = balancer("a", "a", routing=Routing("fastest"))
+    assert (noted["fastest"].shared, made.turns) == ([], {})
+    made.share(b"key")
+    assert noted["fastest"].shared == [(b"key", made.turns)]
+    made.reconfigure(Config(routing=Routing("affinity")))
+    assert noted["affinity"].shared == [(b"key", made.turns)]
+    assert noted["affinity"].shared[0][1] is made.turns
+
+
+def test_without_a_key_a_new_policy_shares_nothing(noted: dict[str, Noted]) -> None:
+    made = balancer("a", "a", routing=Routing("fastest"))
+    made.reconfigure(Config(routing=Routing("affinity")))
+    assert noted["affinity"].shared == []
+
+
+def test_the_policy_of_a_model_is_the_one_that_is_used(noted: dict[str, Noted]) -> None:
+    made = balancer("a", "a", routing=Routing("fastest", {"a": "affinity"}))
+    worker = made.registry.workers[0]
+    turn = Turn("a", worker, (1,), 0, 9)
+    made.note(turn)
+    assert (noted["affinity"].turns, noted["fastest"].turns) == ([turn], [])
+    attempts = plan(made, made.registry.pool("a"))
+    assert made.pick(attempts, attempts.candidates(), dry=True) is worker
+    assert noted["affinity"].asked == [attempts.ask]
+
+
+def test_a_dry_run_leaves_a_worker_that_has_just_recovered_its_turn() -> None:
+    made = balancer("a", "a")
+    made.policy = InOrder()
+    recovered, other = made.registry.workers
+    take_out(recovered)
+    recovered.observe(Check.OK, "ok")
+    attempts = plan(made, made.registry.pool("a"))
+    candidates = attempts.candidates()
+    for _ in range(20):  # its shares would add up to a whole one
+        assert made.pick(attempts, candidates, dry=True) is other
+    picks = [made.pick(attempts, candidates) for _ in range(20)]
+    assert picks.count(recovered) == 2
 
 
 def test_only_with_prefixes_has_a_request_patience() -> None:
@@ -226,6 +303,12 @@ def test_without_workers_of_a_fallback_the_error_names_the_model_asked_for() -> 
     )
 
 
+def test_an_error_ends_with_a_note() -> None:
+    made = balancer("a", "a")
+    error = made.no_worker(plan(made, made.registry.pool("a")), " It sleeps.")
+    assert error.message.endswith(" It sleeps.")
+
+
 def test_an_alias_counts_as_its_model_on_either_side() -> None:
     aliases = {"gpt": "big", "mini": "small"}
     for name in ("big", "gpt"):
@@ -295,9 +378,28 @@ def test_the_number_of_attempts_is_set(limit: int) -> None:
 
 
 def test_all_requests_share_one_budget() -> None:
-    made = balancer("a", "a", retry=Retry(ratio=0.0, floor=3))
+    made = balancer("a", "a", retry=Retry(ratio=0.0, floor=2))
     counts = [len(asked(made, plan(made, made.registry.pool("a")))) for _ in range(5)]
-    assert counts == [2, 2, 2, 1, 1]
+    assert counts == [2, 2, 1, 1, 1]
+
+
+def test_other_settings_of_retries_count_at_once() -> None:
+    made = balancer("a", "a", retry=Retry(ratio=0.0, floor=0))
+    assert not made.budget.suffices
+    made.reconfigure(Config(retry=Retry(ratio=0.5, floor=1)))
+    assert made.budget.suffices
+    assert (made.budget.ratio, made.budget.floor) == (0.5, 1)
+
+
+def test_a_policy_that_stays_in_use_keeps_what_it_has_learnt() -> None:
+    made = balancer("a", "a", routing=Routing(policy="weighted"))
+    before = made.policy
+    made.reconfigure(Config(routing=Routing("affinity", {"b": "weighted"})))
+    assert made.policy_of("b") is before
+    assert made.policy_of("a") is not before
+    assert made.follows(made.registry.pool("a"))
+    made.reconfigure(Config(routing=Routing("weighted")))
+    assert made.policy_of("a") is made.policy_of("b") is before
 
 
 def test_on_some_paths_what_a_worker_may_have_begun_is_not_tried_again() -> None:
