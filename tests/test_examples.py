@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -348,11 +349,19 @@ def chaos_environ(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def chaos(
+def started_chaos(
     *arguments: str, environ: Mapping[str, str]
 ) -> AbstractAsyncContextManager[Program]:
+    """Run it as a user does."""
     program = [str(EXAMPLES / "chaos.py")]
     return Program.running(*arguments, environ=environ, program=program)
+
+
+def forked_chaos(
+    *arguments: str, environ: Mapping[str, str]
+) -> AbstractAsyncContextManager[Program]:
+    """Run it without the second that it takes to start."""
+    return Program.running(*arguments, environ=environ, module="chaos", cwd=EXAMPLES)
 
 
 def row(output: str, text: str) -> int:
@@ -368,7 +377,8 @@ async def test_chaos_without_a_hit_leaves_every_answer_whole(
 ) -> None:
     arguments = ["--llama-server", str(binary()), "--model", str(tiny_model)]
     arguments += ["--workers", "2", "--every", "0", "--requests", "30"]
-    async with chaos(*arguments, environ=chaos_environ) as it:
+    arguments += ["--tokens", "16"]
+    async with forked_chaos(*arguments, environ=chaos_environ) as it:
         assert await it.ended() == 0, it.output
     assert "16 of 16 prompts have one expected text" in it.output
     assert row(it.output, "of 30 requests ended") == 30
@@ -381,9 +391,13 @@ async def test_chaos_without_a_hit_leaves_every_answer_whole(
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "chaos"),
+    [(signal.SIGINT, started_chaos), (signal.SIGKILL, forked_chaos)],
+)
 async def test_chaos_leaves_no_process_behind(
     number: signal.Signals,
+    chaos: Callable[..., AbstractAsyncContextManager[Program]],
     tiny_model: Path,
     chaos_environ: dict[str, str],
     tmp_path: Path,
@@ -391,9 +405,9 @@ async def test_chaos_leaves_no_process_behind(
     own_model = tmp_path / "own.gguf"
     own_model.symlink_to(tiny_model)
     arguments = ["--llama-server", str(binary()), "--model", str(own_model)]
-    arguments += ["--workers", "2", "--requests", "1000000", "--clients", "2"]
-    arguments += ["--tokens", "50"]
-    arguments += ["--every", "0.4", "--down", "0.1", "--signal", "kill"]
+    arguments += ["--workers", "2", "--requests", "1000000", "--clients", "1"]
+    arguments += ["--tokens", "16"]
+    arguments += ["--every", "0.2", "--down", "0.1", "--signal", "kill"]
     async with chaos(*arguments, environ=chaos_environ) as it:
         await it.until(r"(?s)SIGKILL to .*SIGKILL to ")
         children = psutil.Process(it.process.pid).children(recursive=True)
@@ -433,23 +447,32 @@ def test_chaos_reports_a_wrong_flag_on_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", ["chaos.py", flag, value])
     with pytest.raises(SystemExit) as ended:
-        load_example("chaos").main()
+        run_chaos(flag, value, monkeypatch=monkeypatch)
     assert ended.value.code == 2
     output, error = capsys.readouterr()
     assert not output
     assert_one_line(error, flag, allowed)
 
 
-async def test_chaos_reports_a_missing_model_on_one_line(
-    chaos_environ: dict[str, str], tmp_path: Path
+def test_chaos_reports_a_missing_model_on_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    async with chaos("--model", "/nowhere", environ=chaos_environ) as it:
-        assert await it.ended() == 2, it.output
-    assert_one_line(it.output, "--model", "a GGUF file")
-    assert not list((tmp_path / "logs").iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_chaos("--model", "/nowhere", monkeypatch=monkeypatch) == 2
+    output, error = capsys.readouterr()
+    assert not output
+    assert_one_line(error, "--model", "a GGUF file")
+    assert not list(tmp_path.iterdir())
+
+
+def run_chaos(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Run it in this process, for what fails before it starts others."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["chaos.py", *arguments])
+    return load_example("chaos").main()
 
 
 def assert_one_line(output: str, flag: str, allowed: str) -> None:

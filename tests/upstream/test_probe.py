@@ -115,6 +115,10 @@ def compressed(body: bytes, coding: str = "gzip") -> bytes:
     return head(200, fields) + data
 
 
+# Compressed once for all, with as little effort as possible.
+BOMB = compressed(bytes(64 << 20))
+
+
 async def test_compression_is_never_requested() -> None:
     async with ScriptedWorker() as worker:
         await ping(worker)
@@ -167,7 +171,7 @@ async def test_a_compressed_answer_shows_that_a_worker_is_loading() -> None:
         (send(head(200, [("Content-Length", "3")]) + b"abc"),),
         (send(head(302, [("Location", "/"), ("Content-Length", "0")])),),
         (send(head(200) + b" " * (MAX_ANSWER + 1)), close()),
-        (send(compressed(bytes(64 << 20))),),
+        (send(BOMB),),
         (
             send(
                 head(200, [("Content-Encoding", "br"), ("Content-Length", "1")]) + b"?"
@@ -251,7 +255,7 @@ ODD_MODELS = {
         "/v1/models answered with data that are not in their content coding",
     ),
     "bomb": (
-        (send(compressed(bytes(64 << 20))),),
+        (send(BOMB),),
         f"/v1/models answered more than {MAX_ANSWER} bytes",
     ),
     "bomb that goes on": (
