@@ -109,6 +109,11 @@ def decode(
     return None
 
 
+def storable(name: str) -> str:
+    """Return a name that is valid UTF-8: that of a token may have half of a pair."""
+    return name if name.isascii() else name.encode("utf-8", "replace").decode()
+
+
 # --- Facts ------------------------------------------------------------------------
 
 MAX_WORKERS = 10_000

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from gollama_proxy.bounded import BoundedDict
+from gollama_proxy.state.facts import storable
 from gollama_proxy.state.folder import Database, StateError, transaction
 from gollama_proxy.tasks import spawn
 
@@ -582,11 +583,6 @@ def _values(item: tuple[_Key, _Row]) -> tuple[Any, ...]:
         *(row.prompt_tokens, row.completion_tokens, row.cached_tokens),
         row.slot_seconds,
     )
-
-
-def storable(name: str) -> str:
-    """Return a name that is valid UTF-8: that of a token may have half of a pair."""
-    return name if name.isascii() else name.encode("utf-8", "replace").decode()
 
 
 def _read_spent(

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gollama_proxy import cluster as module
 from gollama_proxy.bounded import BoundedDict
-from gollama_proxy.cluster import LIFE, REFRESH, SharedLimits
 from gollama_proxy.config.settings import Queue as Settings
-from gollama_proxy.edge.quotas import SECONDS, Quotas
+from gollama_proxy.edge import quotas as module
+from gollama_proxy.edge.quotas import LIFE, REFRESH, SECONDS, Quotas, SharedLimits
 from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.scheduling.turns import Priority, Subject
 from gollama_proxy.state.ledger import Ledger
