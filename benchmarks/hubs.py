@@ -87,7 +87,7 @@ class SimulatedStore:
         network.calls += 1
         await asyncio.sleep(network.latency)
         now = round(asyncio.get_running_loop().time(), 3)
-        asks = msgspec.msgpack.decode(packed, type=list[slots.Ask])
+        asks = msgspec.msgpack.decode(packed, type=list[slots.SlotAsk])
         outcome = network.leases.sync(hub, asks, now)
         for other, grants in outcome.messages.items():
             message = [(worker, *grant) for worker, grant in grants]

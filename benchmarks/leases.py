@@ -15,9 +15,9 @@ from gollama_proxy.state.slots import (
     LIFETIME,
     MOST_WANTS,
     PATIENCE,
-    Ask,
     Grant,
-    Reply,
+    SlotAsk,
+    SlotReply,
     Want,
 )
 
@@ -93,7 +93,7 @@ class Line:
 class Outcome:
     """Of one call."""
 
-    replies: list[Reply]
+    replies: list[SlotReply]
     messages: dict[str, list[Message]]  # for other hubs
     wanted: list[str]
 
@@ -111,7 +111,7 @@ class Leases:
     def __repr__(self) -> str:
         return f"<Leases of {len(self.lines)} workers>"
 
-    def sync(self, hub: str, asks: Sequence[Ask], now: float) -> Outcome:
+    def sync(self, hub: str, asks: Sequence[SlotAsk], now: float) -> Outcome:
         """Do what one call does; it must not have to be split."""
         if abs(now - self._last) > LIFETIME:
             self._since = now
@@ -130,12 +130,12 @@ class Leases:
         for ask, known in zip(asks, granted, strict=True):
             waiting, announce = self._tidy(hub, ask, len(known), now)
             free = self._free(ask, len(known))
-            outcome.replies.append(Reply(ask.worker, known, waiting, free))
+            outcome.replies.append(SlotReply(ask.worker, known, waiting, free))
             if announce:
                 outcome.wanted.append(ask.worker)
         return outcome
 
-    def _renew(self, hub: str, ask: Ask, now: float) -> list[Grant]:
+    def _renew(self, hub: str, ask: SlotAsk, now: float) -> list[Grant]:
         """Take in what a hub reports; return the grants that it does not know of."""
         line = self.lines[ask.worker]
         for lease, ends in list(line.leases.items()):
@@ -169,14 +169,14 @@ class Leases:
             tick = ticks.get(_key(hub, want)) or line.next_tick()
             line.waiting.append(Waiting(hub, want, now, tick, want.requests))
 
-    def _free(self, ask: Ask, known: int) -> int:
+    def _free(self, ask: SlotAsk, known: int) -> int:
         free = ask.slots - len(self.lines[ask.worker].leases)
         if self._careful:
             free = min(free, ask.fair - _holds(ask) - known)
         return max(free, 0)
 
     def _grant_free(
-        self, hub: str, ask: Ask, known: int, now: float
+        self, hub: str, ask: SlotAsk, known: int, now: float
     ) -> Iterator[tuple[str, Grant]]:
         line, free = self.lines[ask.worker], self._free(ask, known)
         while free > 0:
@@ -238,7 +238,7 @@ class Leases:
         self._serial = max(round(now * 1e6), self._serial) + 1
         return f"{owner}:{self._serial}"
 
-    def _tidy(self, hub: str, ask: Ask, known: int, now: float) -> tuple[int, bool]:
+    def _tidy(self, hub: str, ask: SlotAsk, known: int, now: float) -> tuple[int, bool]:
         """Keep what still waits; return how many of others, and whether to notify."""
         line = self.lines[ask.worker]
         for each in line.waiting:
@@ -272,7 +272,7 @@ class Leases:
         return others, announce
 
 
-def _holds(ask: Ask) -> int:
+def _holds(ask: SlotAsk) -> int:
     return max(ask.holds, len(ask.held))
 
 

@@ -29,7 +29,7 @@ from valkey.exceptions import ConnectionError as NotConnectedError
 from benchmarks.hubs import Case, simulate
 from benchmarks.report import markdown
 from gollama_proxy.scheduling.sharing import HEARTBEAT, MOST_PLACES
-from gollama_proxy.state.slots import Ask, Want, sync
+from gollama_proxy.state.slots import SlotAsk, Want, sync
 
 HUBS, WORKERS, STREAMS = 16, 1000, 1_000_000
 # In overload: slots that come free during a call of a hub, the requests that wait in
@@ -194,9 +194,9 @@ async def show_calls(store: _Store) -> str:
     return markdown((*headings, "round trip", "commands"), rows)
 
 
-def _asks(workers: int, slots: int, hub: str, held: range) -> list[Ask]:
+def _asks(workers: int, slots: int, hub: str, held: range) -> list[SlotAsk]:
     return [
-        Ask(_worker(n), slots, slots // HUBS, [_lease(hub, n, k) for k in held])
+        SlotAsk(_worker(n), slots, slots // HUBS, [_lease(hub, n, k) for k in held])
         for n in range(workers)
     ]
 
@@ -240,7 +240,7 @@ async def show_size(store: _Store, workers: int) -> str:
             first = place * workers // HUBS
             there = range(first, min(first + MOST_PLACES, workers))
             asks = [
-                Ask(
+                SlotAsk(
                     _worker(n),
                     slots,
                     len(each),

@@ -15,7 +15,7 @@ from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import Config, Revoked, WorkerConfig
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Changes, Files, compare
-from gollama_proxy.control.admin import Admin, Usage
+from gollama_proxy.control.admin import Admin, UsageApi
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
 from gollama_proxy.control.history import History, Recent
@@ -178,7 +178,7 @@ class Hub(Listener):
             "/v1/models/": {"GET": model_list.show_model},
             "/models/": {"GET": model_list.show_model},
             **Admin(self, self.views).routes(),
-            **Usage(self).routes(),
+            **UsageApi(self).routes(),
             **self._agent_api.routes(),
             **Dashboard(self).routes(),
         }

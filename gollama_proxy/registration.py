@@ -53,7 +53,7 @@ class Refusal(enum.Enum):
     LASTING = "the hub refuses, and a person has to act"
 
 
-class Answer(NamedTuple):
+class HubReply(NamedTuple):
     """A hub's answer to a call; status 0 for none."""
 
     status: int
@@ -88,7 +88,7 @@ class Schedule:
     def __repr__(self) -> str:
         return f"<Schedule wait={self._wait:g}>"
 
-    def after(self, answer: Answer) -> float:
+    def after(self, answer: HubReply) -> float:
         """Return the seconds to wait after this answer."""
         match answer.refusal:
             case Refusal.NONE:
@@ -105,19 +105,19 @@ class Schedule:
                 return self.LASTING
 
 
-def read_answer(status: int, body: bytes) -> Answer:
+def read_reply(status: int, body: bytes) -> HubReply:
     try:
         content = json.loads(body)
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        return Answer(status, f"answered {status}; is it a hub?")
+        return HubReply(status, f"answered {status}; is it a hub?")
     if 200 <= status < 300:
-        return Answer(status, "", content)
+        return HubReply(status, "", content)
     error = content.get("error")
     error = error if isinstance(error, dict) else {}
     text = " ".join(str(error.get("message") or "").split())[:500]
-    return Answer(status, text or f"answered {status}", error)
+    return HubReply(status, text or f"answered {status}", error)
 
 
 # --- Calls ------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class HubLink:
             placed = machine.place(agent.url, local)
             body = await agent.registration(placed)
         except OSError as exc:
-            answer = Answer(0, f"cannot be reached: {exc.strerror or exc}")
+            answer = HubReply(0, f"cannot be reached: {exc.strerror or exc}")
         else:
             answer = await self._call("PUT", body)
             self._placed = placed
@@ -218,7 +218,7 @@ class HubLink:
         self.standing_by = True
         self._trouble = "standing by"
 
-    def _note_idle(self, answer: Answer) -> None:
+    def _note_idle(self, answer: HubReply) -> None:
         idle = answer.body.get("idle")
         now = asyncio.get_running_loop().time()
         known = isinstance(idle, (int, float)) and 0 <= idle < math.inf
@@ -237,7 +237,7 @@ class HubLink:
         asleep: bool = answer.body.get("state") == "asleep"
         return answer.refusal is Refusal.NONE and asleep
 
-    def _log(self, answer: Answer) -> None:
+    def _log(self, answer: HubReply) -> None:
         """Log a change once: registered, or another reason why not."""
         trouble = answer.text if self.refusal is not Refusal.NONE else "registered"
         if trouble == self._trouble:
@@ -291,7 +291,7 @@ class HubLink:
         else:
             writer.close()
 
-    async def _call(self, method: str, body: object = None) -> Answer:
+    async def _call(self, method: str, body: object = None) -> HubReply:
         agent = self._agent
         url = f"{self.url}/agent/workers/{quote(agent.name, safe=':')}"
         headers = {"X-Gollama-Agent": agent.secret}
@@ -299,7 +299,7 @@ class HubLink:
             # Read each time: a token that expires is replaced in its file.
             token = await asyncio.to_thread(read_token, agent.token_file, os.environ)
         except ConfigError as exc:
-            return Answer(401, str(exc))
+            return HubReply(401, str(exc))
         if token:
             headers["Authorization"] = f"Bearer {token}"
         try:
@@ -311,15 +311,15 @@ class HubLink:
                 ssl=self._credentials or True,
                 allow_redirects=False,
             ) as reply:
-                return read_answer(reply.status, await reply.content.read(64 << 10))
+                return read_reply(reply.status, await reply.content.read(64 << 10))
         except TimeoutError:
-            return Answer(0, f"no answer within {TIMEOUT:g} s")
+            return HubReply(0, f"no answer within {TIMEOUT:g} s")
         except aiohttp.ClientConnectorCertificateError:
-            return Answer(0, "its certificate is not trusted (--ca-file)")
+            return HubReply(0, "its certificate is not trusted (--ca-file)")
         except (aiohttp.ClientError, OSError) as exc:
             number = getattr(exc, "errno", None)
             why = os.strerror(number) if number and number > 0 else str(exc)
-            return Answer(0, f"cannot be reached: {why}")
+            return HubReply(0, f"cannot be reached: {why}")
 
 
 # --- Discovery --------------------------------------------------------------------

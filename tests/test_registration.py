@@ -10,7 +10,7 @@ import pytest
 
 from gollama_proxy import registration
 from gollama_proxy.agent import Agent, Options
-from gollama_proxy.registration import Answer, HubLink, Refusal, Schedule
+from gollama_proxy.registration import HubLink, HubReply, Refusal, Schedule
 from tests.fakes.script import answer
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -186,21 +186,21 @@ async def test_each_hub_of_a_cluster_lets_its_own_answers_end() -> None:
     ],
 )
 def test_what_an_answer_means(status: int, code: str, expected: Refusal) -> None:
-    assert Answer(status, "", {"code": code}).refusal is expected
+    assert HubReply(status, "", {"code": code}).refusal is expected
 
 
 def test_a_lease_is_renewed_three_times_in_its_life() -> None:
     schedule = Schedule(LATEST)
-    assert schedule.after(Answer(200, "", {"lease": 30})) == 10
+    assert schedule.after(HubReply(200, "", {"lease": 30})) == 10
     for lease in (None, "x", 0, -1, 1e9, float("nan"), True):
-        assert 0 < schedule.after(Answer(200, "", {"lease": lease})) <= 10
+        assert 0 < schedule.after(HubReply(200, "", {"lease": lease})) <= 10
 
 
 def test_a_hub_that_is_away_is_tried_less_and_less_often() -> None:
-    schedule, away = Schedule(LATEST), Answer(0)
+    schedule, away = Schedule(LATEST), HubReply(0)
     waits = [schedule.after(away) for _ in range(7)]
     assert waits == [1, 2, 4, 8, 16, 30, 30]
-    schedule.after(Answer(200))
+    schedule.after(HubReply(200))
     assert schedule.after(away) == 1
     early = Schedule(min)
     assert [early.after(away) for _ in range(3)] == [0.5, 1, 2]
@@ -208,8 +208,8 @@ def test_a_hub_that_is_away_is_tried_less_and_less_often() -> None:
 
 def test_a_refusal_is_tried_again_slowly() -> None:
     schedule = Schedule(LATEST)
-    assert schedule.after(Answer(409)) == Schedule.SLOW
-    assert schedule.after(Answer(401)) == Schedule.LASTING
+    assert schedule.after(HubReply(409)) == Schedule.SLOW
+    assert schedule.after(HubReply(401)) == Schedule.LASTING
 
 
 @pytest.mark.parametrize(
@@ -223,4 +223,4 @@ def test_a_refusal_is_tried_again_slowly() -> None:
     ],
 )
 def test_an_error_is_one_line(status: int, body: bytes, text: str) -> None:
-    assert registration.read_answer(status, body).text == text
+    assert registration.read_reply(status, body).text == text

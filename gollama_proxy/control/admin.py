@@ -23,8 +23,14 @@ from gollama_proxy.control.events import STREAM
 from gollama_proxy.control.history import SAMPLES, Shown
 from gollama_proxy.control.merging import Answers
 from gollama_proxy.control.page import LINK_LIFETIME, compress
-from gollama_proxy.control.replies import Call, CallHandler, answer, check_local, decode
-from gollama_proxy.control.views import Question, Views, explain
+from gollama_proxy.control.replies import (
+    AdminCall,
+    CallHandler,
+    answer,
+    check_local,
+    decode,
+)
+from gollama_proxy.control.views import ExplainRequest, Views, explain
 from gollama_proxy.control.workers import Workers
 from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.response import Response, Sent
@@ -57,7 +63,7 @@ class Admin:
         self._views = views
         self._record = hub.events.record_change
         self._workers = Workers(hub, views)
-        self._usage = Usage(hub)
+        self._usage = UsageApi(hub)
         self._description = b""  # of the API, once it was read
 
     def __repr__(self) -> str:
@@ -100,7 +106,7 @@ class Admin:
     def _guarded(self, handler: CallHandler, *, looks: bool) -> Handler:
         async def guard(request: web.BaseRequest, x: Exchange) -> Response | Sent:
             caller = self._admit(request, x, looks=looks)
-            return await handler(Call(request, x, caller, self._hub.config))
+            return await handler(AdminCall(request, x, caller, self._hub.config))
 
         return guard
 
@@ -123,14 +129,14 @@ class Admin:
 
     # --- Requests -----------------------------------------------------------------
 
-    async def _cancel(self, call: Call) -> Response:
+    async def _cancel(self, call: AdminCall) -> Response:
         return await self._end_request(call, "cancel request", "runs or waits")
 
-    async def _remove_from_queue(self, call: Call) -> Response:
+    async def _remove_from_queue(self, call: AdminCall) -> Response:
         return await self._end_request(call, "remove from queue", "waits", waiting=True)
 
     async def _end_request(
-        self, call: Call, action: str, what: str, *, waiting: bool = False
+        self, call: AdminCall, action: str, what: str, *, waiting: bool = False
     ) -> Response:
         """Cancel the requests with the id in the path, on any hub.
 
@@ -149,7 +155,7 @@ class Admin:
                 self._record(call.x, action, name, old)
         return answer({"id": name, "state": "cancelled"} | gathered.note)
 
-    async def _list_requests(self, call: Call) -> Response:
+    async def _list_requests(self, call: AdminCall) -> Response:
         query = dict(call.request.query)
         limit = _number(query, "limit", 100, 1000)
         since = _moment(query, "since", 0.0)
@@ -163,7 +169,7 @@ class Admin:
         found = gathered.merge(partial(merging.merge_requests, limit=limit))
         return answer({"requests": found} | gathered.note)
 
-    async def _show_history(self, call: Call) -> Response:
+    async def _show_history(self, call: AdminCall) -> Response:
         query = dict(call.request.query)
         names = call.request.query.getall("worker", [])
         query.pop("worker", None)
@@ -193,8 +199,8 @@ class Admin:
                 raise RequestError(Code.NOT_FOUND, text, param="worker")
         return await compress(await _encode(history | gathered.note), call.request)
 
-    async def _explain(self, call: Call) -> Response:
-        question = decode(await call.receive(), Question)
+    async def _explain(self, call: AdminCall) -> Response:
+        question = decode(await call.receive(), ExplainRequest)
         hub, subject = self._hub, call.x.subject
         shown = await explain(question, hub, call.request, subject)
         if hub.peers is not None:
@@ -203,13 +209,13 @@ class Admin:
 
     # --- The hub, and others ------------------------------------------------------
 
-    async def _list_hubs(self, call: Call) -> Response:
+    async def _list_hubs(self, call: AdminCall) -> Response:
         return answer(await self._hub.replies.list_hubs())
 
-    async def _show_config(self, call: Call) -> Response:
+    async def _show_config(self, call: AdminCall) -> Response:
         return answer(self._views.settings())
 
-    async def _reload(self, call: Call) -> Response:
+    async def _reload(self, call: AdminCall) -> Response:
         """Have the settings read again; a mistake in them changes nothing."""
         try:
             changes = await self._hub.reload()
@@ -237,7 +243,7 @@ class Admin:
             | gathered.note
         )
 
-    async def _revoke(self, call: Call) -> Response:
+    async def _revoke(self, call: AdminCall) -> Response:
         """Revoke a token or a subject; requests that run are cancelled on demand.
 
         As when a token expires, an answer that has begun goes on: only its client has
@@ -266,7 +272,7 @@ class Admin:
             | gathered.note
         )
 
-    async def _follow(self, call: Call) -> Response | Sent:
+    async def _follow(self, call: AdminCall) -> Response | Sent:
         if call.request.method == "HEAD":
             return Response(b"", fields=STREAM)
 
@@ -275,7 +281,7 @@ class Admin:
 
         return await self._hub.events.follow(call.request, call.x, check)
 
-    async def _make_link(self, call: Call) -> Response:
+    async def _make_link(self, call: AdminCall) -> Response:
         """Make a link that opens the dashboard once, with the token of the caller."""
         token = self._hub.authenticator.token_in(call.request)
         if not token:  # authentication is off
@@ -285,7 +291,7 @@ class Admin:
         link = {"code": code, "path": f"/#sign-in={code}"}
         return answer(link | {"expires_in": LINK_LIFETIME}, status=201)
 
-    async def _show_api(self, call: Call) -> Response:
+    async def _show_api(self, call: AdminCall) -> Response:
         if not self._description:
             self._description = await asyncio.to_thread(_read_description)
         return Response(self._description)
@@ -389,7 +395,7 @@ _ALLOWED = "7d or 12h ago, a date such as 2026-11-30, or Unix seconds"
 _KNOWN = ("by", "since", "until")
 
 
-class Usage:
+class UsageApi:
     """Answers questions about usage.
 
     It is shown to operators (`GET /admin/usage`, all subjects) and to each caller
@@ -402,13 +408,13 @@ class Usage:
         self._asked = 0  # questions without an answer yet
 
     def __repr__(self) -> str:
-        return f"<Usage of {self._hub!r} asked={self._asked}>"
+        return f"<UsageApi of {self._hub!r} asked={self._asked}>"
 
     def routes(self) -> Routes:
         """Return the handlers for callers of any scope."""
         return {"/v1/usage": {"GET": self._show_own}}
 
-    async def show(self, call: Call) -> Response:
+    async def show(self, call: AdminCall) -> Response:
         """Answer an operator: the usage of all subjects."""
         query = call.request.query
         question = read_question(query, "subject", self._hub.ledger.clock())
@@ -436,7 +442,7 @@ class Usage:
         }
         return answer({"subject": caller.subject, **shown, "limits": limits})
 
-    async def _read(self, question: ledger.Question) -> dict[str, Any]:
+    async def _read(self, question: ledger.UsageQuestion) -> dict[str, Any]:
         if self._asked >= MOST_QUESTIONS:
             text = "Too many questions about usage wait for their answers."
             raise RequestError(Code.RATE_LIMITED, text, retry_after=1)
@@ -460,7 +466,9 @@ class Usage:
         }
 
 
-def read_question(query: Mapping[str, str], by: str, now: float) -> ledger.Question:
+def read_question(
+    query: Mapping[str, str], by: str, now: float
+) -> ledger.UsageQuestion:
     """Read the parameters of a call; `by` is the default, `now` is Unix time.
 
     Raises:
@@ -480,7 +488,7 @@ def read_question(query: Mapping[str, str], by: str, now: float) -> ledger.Quest
     if first >= end:
         text = f"since = {query.get('since', '7d')[:40]!r}: must be before until."
         raise RequestError(Code.INVALID_VALUE, text, param="since")
-    return ledger.Question(groups, first, end)
+    return ledger.UsageQuestion(groups, first, end)
 
 
 def _days(query: Mapping[str, str], name: str, default: str, now: float) -> float:

@@ -60,9 +60,9 @@ from gollama_proxy.state.facts import (
     MAX_WORKERS,
     MOST_WRITTEN,
     NEWS,
-    Answer,
     Entry,
     Journal,
+    StepResult,
     StoredWorker,
 )
 from gollama_proxy.state.folder import StateError
@@ -102,7 +102,7 @@ class Device(Struct, omit_defaults=True):
     celsius: Annotated[float, Meta(ge=-100, le=1000)] | None = None
 
 
-class Report(Struct, omit_defaults=True):
+class MachineReport(Struct, omit_defaults=True):
     """What an agent reports of its machine each time; unknown keys are left out."""
 
     host: Label = ""
@@ -119,7 +119,7 @@ class Registration(Struct):
 
     worker: dict[str, Any]
     proof_port: Annotated[int, Meta(ge=1024, le=65_535)]
-    report: Report = msgspec.field(default_factory=Report)
+    report: MachineReport = msgspec.field(default_factory=MachineReport)
     sleeping: bool = False  # the machine goes to sleep, if nothing runs on it
 
 
@@ -451,7 +451,7 @@ class Renewals:
                 found.append(Entry(name, "a0", facts.encode(row).decode()))
         return found
 
-    async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
+    async def take(self, entries: Sequence[Entry], answer: StepResult) -> bool:
         for name, number in self._sent.items():
             if self._pending.get(name) == number:
                 del self._pending[name]

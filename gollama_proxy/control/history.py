@@ -180,7 +180,7 @@ _ENDINGS = {
 # --- A sample of each second ------------------------------------------------------
 
 
-class Running(NamedTuple):
+class RunningSample(NamedTuple):
     """A request for workers that has no outcome yet, as a sample needs it."""
 
     id: str
@@ -244,7 +244,10 @@ class History:
     # --- Taking one ---------------------------------------------------------------
 
     def take(
-        self, running: Collection[Running], waiting: int, workers: Sequence[Worker]
+        self,
+        running: Collection[RunningSample],
+        waiting: int,
+        workers: Sequence[Worker],
     ) -> list[Shown]:
         """Take a sample; return the figures of the workers that have changed."""
         now = self._clock()
@@ -284,7 +287,7 @@ class History:
             track.put(self._taken, _NOTHING)
 
     def _compare(
-        self, running: Iterable[Running]
+        self, running: Iterable[RunningSample]
     ) -> tuple[int, dict[str, int], dict[str, list[float]]]:
         """Compare the requests with those of the last sample.
 
@@ -295,7 +298,7 @@ class History:
         tokens: dict[str, int] = {}
         begun: dict[str, list[float]] = {}
 
-        def count(x: Running) -> None:
+        def count(x: RunningSample) -> None:
             known, had_begun = before.get((x.id, x.started), (0, False))
             if x.tokens > known:
                 tokens[x.worker] = tokens.get(x.worker, 0) + x.tokens - known
@@ -305,7 +308,7 @@ class History:
 
         errors = 0
         for entry in self._recent.since(self._counted):
-            count(Running(*_PICK(entry)))
+            count(RunningSample(*_PICK(entry)))
             failed = entry[_OUTCOME] is Outcome.ERROR
             errors += failed and not 400 <= entry[_STATUS] < 500
         self._counted = self._recent.count

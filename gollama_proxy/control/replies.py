@@ -52,7 +52,7 @@ _OF_PROXIES = (
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]*)?")
 
 
-class Call(NamedTuple):
+class AdminCall(NamedTuple):
     """One call of the API by an operator who may make it."""
 
     request: BaseRequest
@@ -86,7 +86,7 @@ class Call(NamedTuple):
         return await receive(self.request, self.config.timeouts.body)
 
 
-CallHandler = Callable[[Call], Awaitable[Response | Sent]]
+CallHandler = Callable[[AdminCall], Awaitable[Response | Sent]]
 
 
 def answer(value: object, status: int = 200) -> Response:
@@ -279,7 +279,7 @@ class Replies:
     def listing(self, what: str) -> CallHandler:
         """Make the handler of a list: workers, models, queue or exchanges."""
 
-        async def show(_: Call) -> Response:
+        async def show(_: AdminCall) -> Response:
             gathered = await self.gather(what)
             replies, merge = gathered.found, _MERGE[what]
             if self._hub.peers is None:

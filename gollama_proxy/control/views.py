@@ -21,7 +21,7 @@ import msgspec
 from gollama_proxy.config.settings import settings
 from gollama_proxy.config.values import masked
 from gollama_proxy.control import Parts
-from gollama_proxy.control.history import Running, Shown, shown_steps
+from gollama_proxy.control.history import RunningSample, Shown, shown_steps
 from gollama_proxy.fleet.breaker import Breaker
 from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.registry import Registry
@@ -214,11 +214,13 @@ class Views:
     def fleet(self) -> Sequence[Worker]:
         return self._hub.registry.workers
 
-    def sampled(self) -> tuple[list[Running], int, Sequence[Worker]]:
+    def sampled(self) -> tuple[list[RunningSample], int, Sequence[Worker]]:
         """Return what a sample is taken of: requests, how many wait, and workers."""
         hub = self._hub
         running = [
-            Running(x.id, x.started, x.route, x.worker, x.first_byte, tokens_of(x))
+            RunningSample(
+                x.id, x.started, x.route, x.worker, x.first_byte, tokens_of(x)
+            )
             for x in in_flight(hub.proxy.running)
         ]
         return running, hub.queue.admission.waiting, self.fleet
@@ -425,7 +427,7 @@ def _why_shut(worker: Worker, model: str) -> Reason:
 # --- A question -------------------------------------------------------------------
 
 
-class Question(msgspec.Struct, forbid_unknown_fields=True):
+class ExplainRequest(msgspec.Struct, forbid_unknown_fields=True):
     """A request to explain."""
 
     model: str = ""
@@ -452,7 +454,7 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
 class _Given:
     """A request that was never sent, as far as `Body` reads one."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: ExplainRequest) -> None:
         self._body = question.body()
         self.content_length = len(self._body)
         self.headers: Mapping[str, str] = {}
@@ -472,7 +474,7 @@ class _Given:
 
 
 async def explain(
-    question: Question, hub: Parts, request: web.BaseRequest, subject: str
+    question: ExplainRequest, hub: Parts, request: web.BaseRequest, subject: str
 ) -> Shown:
     """Return what a request would get; a worker may count a long prompt for it.
 
@@ -496,7 +498,7 @@ async def explain(
         return _without_worker(error)
 
 
-async def _foresee(x: Exchange, question: Question, hub: Parts) -> Shown:
+async def _foresee(x: Exchange, question: ExplainRequest, hub: Parts) -> Shown:
     """Treat a request as a real one, up to the choice of a worker.
 
     Raises:

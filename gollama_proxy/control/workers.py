@@ -22,7 +22,7 @@ from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.settings import API_KEYS, WORKER_KEYS, Revoked, WorkerConfig
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control import Parts
-from gollama_proxy.control.replies import Call, CallHandler, answer
+from gollama_proxy.control.replies import AdminCall, CallHandler, answer
 from gollama_proxy.control.views import Views
 from gollama_proxy.edge.response import Response
 from gollama_proxy.fleet.registry import check_single
@@ -77,7 +77,7 @@ class Workers:
             "/admin/workers/{name}/wake": {"POST": self._wake},
         }
 
-    async def _show_worker(self, call: Call) -> Response:
+    async def _show_worker(self, call: AdminCall) -> Response:
         name, local = call.name, self._hub.replies
         shown = await local.show_worker(name, local.table["worker"]({"name": name}))
         if shown is None:
@@ -94,7 +94,7 @@ class Workers:
             raise _unknown(name)
         return worker
 
-    async def _add_worker(self, call: Call) -> Response:
+    async def _add_worker(self, call: AdminCall) -> Response:
         row = await call.read()
         config = _load(row)
         async with self._hub.changing:
@@ -113,7 +113,7 @@ class Workers:
         shown = await self._hub.replies.show_worker(worker.name, own)
         return answer(shown, status=201)
 
-    async def _change_worker(self, call: Call) -> Response:
+    async def _change_worker(self, call: AdminCall) -> Response:
         patch = await call.read()
         async with self._hub.changing:
             worker = self._worker(call.name)
@@ -189,7 +189,7 @@ class Workers:
             if worker is not None and worker.source is Source.FILE:
                 self._hub.registry.remove(name)
 
-    async def _remove_worker(self, call: Call) -> Response:
+    async def _remove_worker(self, call: AdminCall) -> Response:
         async with self._hub.changing:
             worker = self._worker(call.name)
             self._hub.registry.remove(worker.name)
@@ -204,7 +204,7 @@ class Workers:
     def _holding(self, change: Callable[[str], Worker]) -> CallHandler:
         """Make a handler that holds a worker back, or releases it; may be repeated."""
 
-        async def hold(call: Call) -> Response:
+        async def hold(call: AdminCall) -> Response:
             async with self._hub.changing:
                 worker = self._worker(call.name)
                 before = worker.held
@@ -217,7 +217,7 @@ class Workers:
 
         return hold
 
-    async def _reset_breaker(self, call: Call) -> Response:
+    async def _reset_breaker(self, call: AdminCall) -> Response:
         worker = self._worker(call.name)
         before = worker.breaker.state.value
         worker.reset_breakers()
@@ -226,7 +226,7 @@ class Workers:
         self._record(call.x, "reset breaker", worker.name, before, "closed")
         return await self._show_changed(worker, note=False)
 
-    async def _wake(self, call: Call) -> Response:
+    async def _wake(self, call: AdminCall) -> Response:
         worker = self._worker(call.name)
         before = worker.state
         try:

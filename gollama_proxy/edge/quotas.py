@@ -30,10 +30,10 @@ from gollama_proxy.scheduling.admission import Admission
 from gollama_proxy.state.facts import (
     MOST_WRITTEN,
     NEWS,
-    Answer,
     Entry,
     Journal,
     Message,
+    StepResult,
     decode,
     encode,
     storable,
@@ -420,7 +420,7 @@ class SharedLimits:
 
     # --- What has come ------------------------------------------------------------
 
-    async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
+    async def take(self, entries: Sequence[Entry], answer: StepResult) -> bool:
         for subject in self._sent:
             self._due.pop(subject, None)
         for row in answer.rows:

@@ -96,7 +96,7 @@ TRANSITIONS: dict[tuple[BreakerState, BreakerEvent], BreakerState] = {
 }
 
 
-class Cause(enum.Enum):
+class OpenCause(enum.Enum):
     """What has opened a breaker; a label of metrics."""
 
     CONSECUTIVE = "failures in a row"
@@ -144,7 +144,7 @@ class Breaker:
         self.transitions: Counter[BreakerState] = (
             Counter()
         )  # how often each was entered
-        self.causes: Counter[Cause] = Counter()  # how often each has opened it
+        self.causes: Counter[OpenCause] = Counter()  # how often each has opened it
         self._clock, self._rng, self._on_change = clock, rng, on_change
         self._state = BreakerState.CLOSED
         self.closed = True
@@ -265,7 +265,7 @@ class Breaker:
         ):
             self._in_a_row += 1
             if self._in_a_row >= self.policy.consecutive:
-                self._trip(Cause.CONSECUTIVE, f"unavailable {self._in_a_row} times")
+                self._trip(OpenCause.CONSECUTIVE, f"unavailable {self._in_a_row} times")
         self._busy_until = max(self._busy_until, now + seconds)
         self._changed()
         return seconds
@@ -321,7 +321,7 @@ class Breaker:
         else:
             self._step(BreakerEvent.RESET, "reset by an operator")
 
-    def _trip(self, cause: Cause, reason: str) -> None:
+    def _trip(self, cause: OpenCause, reason: str) -> None:
         self._forget_old_openings(self._clock())
         self.causes[cause] += 1
         self._step(BreakerEvent.TRIPPED, reason)
@@ -330,12 +330,12 @@ class Breaker:
         if now - self._closed_at >= self.policy.window:
             self._open_time = 0.0
 
-    def _objection(self, verdict: Verdict) -> tuple[Cause, str] | None:
+    def _objection(self, verdict: Verdict) -> tuple[OpenCause, str] | None:
         policy = self.policy
         if self._in_a_row >= policy.consecutive:
-            return Cause.CONSECUTIVE, f"{self._in_a_row} failures in a row"
+            return OpenCause.CONSECUTIVE, f"{self._in_a_row} failures in a row"
         slow = verdict is not Verdict.FAILURE
-        cause = Cause.SLOW_RATE if slow else Cause.FAILURE_RATE
+        cause = OpenCause.SLOW_RATE if slow else OpenCause.FAILURE_RATE
         rate = policy.slow_rate if slow else policy.failure_rate
         kind = Verdict.SLOW if slow else Verdict.FAILURE
         calls, bad = self._calls, (self._slow if slow else self._failures).count
@@ -361,7 +361,7 @@ class Breaker:
         self._permit_out = False
         self._changed()
         if good is False:
-            self.causes[Cause.PROOF] += 1
+            self.causes[OpenCause.PROOF] += 1
             self._step(BreakerEvent.DISPROVED, "the proof failed")
         elif good:
             self._proofs += 1

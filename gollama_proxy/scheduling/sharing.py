@@ -31,9 +31,9 @@ from gollama_proxy.state.slots import (
     CAUTION,
     LIFETIME,
     MOST_WANTS,
-    Ask,
     Grant,
     Share,
+    SlotAsk,
     Want,
     decode_grants,
     decode_wanted,
@@ -271,7 +271,7 @@ class Sharing(Listener):
         due = min(self._full_at, self._look_at) if waits else self._full_at
         return max(0.0, due - now)
 
-    def _collect_all(self, now: float) -> list[tuple[Share, Ask]]:
+    def _collect_all(self, now: float) -> list[tuple[Share, SlotAsk]]:
         wants = self._wants(now)
         self._due.clear()
         used = [worker for worker, share in self._shares.items() if share.in_demand]
@@ -283,7 +283,7 @@ class Sharing(Listener):
         asks += [(each, each.ask(0, 0, 0)) for each in self._former.values()]
         return [(share, ask) for share, ask in asks if ask is not None]
 
-    def _collect_urgent(self, now: float) -> list[tuple[Share, Ask]]:
+    def _collect_urgent(self, now: float) -> list[tuple[Share, SlotAsk]]:
         """Return what to ask now if anything of it is urgent: then all that changes."""
         wants = self._wants(now)
         for worker, share in self._shares.items():
@@ -308,7 +308,7 @@ class Sharing(Listener):
         now: float,
         *,
         renew: bool = True,
-    ) -> tuple[Share, Ask | None]:
+    ) -> tuple[Share, SlotAsk | None]:
         share, slots = self._shares[worker], worker.room
         share.note(worker.peak, now)
         worker.peak = worker.running

@@ -233,30 +233,30 @@ def _source(worker: StoredWorker) -> Literal["admin", "agent"]:
 # --- What to take, and what to send -----------------------------------------------
 
 
-class Verdict(NamedTuple):
+class Comparison(NamedTuple):
     """What becomes of a fact that was read from the store."""
 
     take: bool = False  # this hub follows it
     send: bool = False  # this hub has a newer one
 
 
-def compare(mine: Stamp | None, theirs: int) -> Verdict:
+def compare(mine: Stamp | None, theirs: int) -> Comparison:
     """Compare a fact of this hub with the version in the store."""
     if mine is None or (mine.sent and mine.version < theirs):
-        return Verdict(take=True)
+        return Comparison(take=True)
     # One that was not sent yet: the store decides when it comes.
-    return Verdict(send=not mine.sent or mine.version > theirs)
+    return Comparison(send=not mine.sent or mine.version > theirs)
 
 
-def left_over(mine: Stamp, *, same_life: bool) -> Verdict:
+def left_over(mine: Stamp, *, same_life: bool) -> Comparison:
     """Decide on a fact that the store does not have, after all of it was read.
 
     In the same life of the store, it was removed so long ago that not even the empty
     fact is left; a store that has lost its data is filled again.
     """
     if same_life and mine.sent and mine.version:
-        return Verdict(take=True)
-    return Verdict(send=True)
+        return Comparison(take=True)
+    return Comparison(send=True)
 
 
 # --- The journal ------------------------------------------------------------------
@@ -281,7 +281,7 @@ class Entry(NamedTuple):
     value: str
 
 
-class Result(NamedTuple):
+class Written(NamedTuple):
     """What became of a row to write."""
 
     written: bool
@@ -289,7 +289,7 @@ class Result(NamedTuple):
     value: str = ""  # of the row in force, if that is another one
 
 
-class Row(NamedTuple):
+class NewRow(NamedTuple):
     """A row that is new for this hub."""
 
     key: str
@@ -298,14 +298,14 @@ class Row(NamedTuple):
     value: str
 
 
-class Answer(NamedTuple):
+class StepResult(NamedTuple):
     """What one step has returned."""
 
     renewed: bool  # this is another life of the store, which is read from its start
     now: int  # microseconds of the store's clock
     more: bool  # rows are left to read
-    results: list[Result]  # of each entry, in their order
-    rows: list[Row]
+    results: list[Written]  # of each entry, in their order
+    rows: list[NewRow]
 
 
 class Journal:
@@ -354,7 +354,7 @@ class Journal:
             *(*self._bounds, self._channel, message, *written),
         ]
 
-    def read(self, reply: Sequence[Any]) -> Answer:
+    def read(self, reply: Sequence[Any]) -> StepResult:
         """Read the reply to a step, and move the cursor behind what it returned.
 
         Raises:
@@ -362,13 +362,13 @@ class Journal:
         """
         try:
             life, now, cursor, more, results, news = reply
-            answer = Answer(
+            answer = StepResult(
                 _text(life) != self.id,
                 int(now),
                 bool(more),
                 [_result(_text(each)) for each in results],
                 [
-                    Row(_text(key), int(number), *_split(_text(row)))
+                    NewRow(_text(key), int(number), *_split(_text(row)))
                     for key, number, row in zip(*[iter(news)] * 3, strict=True)
                 ],
             )
@@ -378,13 +378,13 @@ class Journal:
         return answer
 
 
-def _result(text: str) -> Result:
+def _result(text: str) -> Written:
     if text.startswith("+"):
-        return Result(written=True, version=int(text[1:]))
+        return Written(written=True, version=int(text[1:]))
     if text == "!":
-        return Result(written=False, version=0)
+        return Written(written=False, version=0)
     version, value = _split(text[1:])
-    return Result(written=False, version=version, value=value)
+    return Written(written=False, version=version, value=value)
 
 
 def _split(row: str) -> tuple[int, str]:

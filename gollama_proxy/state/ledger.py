@@ -469,7 +469,7 @@ class Ledger:
 
     # --- Questions ----------------------------------------------------------------
 
-    async def read(self, question: Question) -> Answer:
+    async def read(self, question: UsageQuestion) -> UsageSums:
         """Add up what was used, including what is not saved yet.
 
         Raises:
@@ -482,7 +482,7 @@ class Ledger:
             answer = await self._database.run(partial(_read, question, unsaved))
         except sqlite3.Error as exc:
             raise StateError(f"usage cannot be read: {exc}") from exc
-        return answer or Answer([], dict.fromkeys(SUMS, 0), complete=True)
+        return answer or UsageSums([], dict.fromkeys(SUMS, 0), complete=True)
 
     def _rows_left(self) -> Iterable[tuple[Any, ...]]:
         """Yield the rows that a disk has not taken, or that are new."""
@@ -491,7 +491,7 @@ class Ledger:
             yield _values(((self._day, subject, model), row))
 
 
-class Question(NamedTuple):
+class UsageQuestion(NamedTuple):
     """What to add up: the days from `first`, before `end` (since 1970)."""
 
     by: Sequence[str]  # of `GROUPS`, at least one
@@ -500,7 +500,7 @@ class Question(NamedTuple):
     subject: str | None = None  # None: of all
 
 
-class Answer(NamedTuple):
+class UsageSums(NamedTuple):
     """The sums of each group, in the order of days, the largest first."""
 
     rows: list[dict[str, Any]]
@@ -595,18 +595,20 @@ def _read_spent(
 
 
 def _read(
-    question: Question, unsaved: list[tuple[Any, ...]], database: sqlite3.Connection
-) -> Answer:
+    question: UsageQuestion,
+    unsaved: list[tuple[Any, ...]],
+    database: sqlite3.Connection,
+) -> UsageSums:
     database.execute(_TEMPORARY)
     database.execute("DELETE FROM unsaved")
     database.executemany(_PUT_TEMPORARY, unsaved)
     found = _sums(database, question, question.by)
     total = _sums(database, question, ()) or [dict.fromkeys(SUMS, 0)]
-    return Answer(found[:MOST_ROWS], total[0], complete=len(found) <= MOST_ROWS)
+    return UsageSums(found[:MOST_ROWS], total[0], complete=len(found) <= MOST_ROWS)
 
 
 def _sums(
-    database: sqlite3.Connection, question: Question, by: Sequence[str]
+    database: sqlite3.Connection, question: UsageQuestion, by: Sequence[str]
 ) -> list[dict[str, Any]]:
     subject = question.subject
     values = {

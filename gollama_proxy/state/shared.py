@@ -38,7 +38,6 @@ from gollama_proxy.state.facts import (
     MAX_WORKERS,
     MOST_WRITTEN,
     NEWS,
-    Answer,
     Entry,
     Fact,
     Gap,
@@ -46,6 +45,7 @@ from gollama_proxy.state.facts import (
     Key,
     Message,
     Stamp,
+    StepResult,
     compare,
     decode,
     encode,
@@ -89,7 +89,7 @@ class Part(Protocol):
     async def entries(self) -> Sequence[Entry]:
         """Return the rows to write now, at most `MOST_WRITTEN`; it may be repeated."""
 
-    async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
+    async def take(self, entries: Sequence[Entry], answer: StepResult) -> bool:
         """Take the answer; return whether another round has to follow at once."""
 
 
@@ -122,7 +122,7 @@ class SharedState:
         self._facts = _Facts(local, store.prefix, wall)
         self._parts: list[Callable[[], Sequence[Part]]] = []
         self.add(lambda: [self._facts])
-        self.add(Usage(local.ledger, store.prefix).parts)
+        self.add(UsageJournals(local.ledger, store.prefix).parts)
         self._turn = asyncio.Lock()
         self._complaint = ""
         self._tried_at = 0.0  # when the last round began, whatever the clock shows
@@ -292,7 +292,7 @@ class _Facts:
 
     # --- What has come ------------------------------------------------------------
 
-    async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
+    async def take(self, entries: Sequence[Entry], answer: StepResult) -> bool:
         if answer.renewed:
             self._seen = set()
             self._same_life = self.journal.id == self._local.store_id
@@ -307,7 +307,7 @@ class _Facts:
             await self._local.note_store(self.journal.id)
         return bool(self._local.unsent)
 
-    async def _take_results(self, answer: Answer) -> None:
+    async def _take_results(self, answer: StepResult) -> None:
         local, versions, theirs = self._local, {}, []
         for (key, stamp, text), result in zip(self._sent, answer.results, strict=True):
             if result.written or result.value == text:
@@ -324,7 +324,7 @@ class _Facts:
         await local.note_sent(versions)
         await self._follow(theirs, answer.now)
 
-    async def _take_rows(self, answer: Answer) -> None:
+    async def _take_rows(self, answer: StepResult) -> None:
         local, news = self._local, []
         for row in answer.rows:
             kind, _, name = row.key.partition(" ")
@@ -385,7 +385,7 @@ class _Place(msgspec.Struct, array_like=True):
     model: Annotated[str, Meta(max_length=10_000)]
 
 
-class Usage:
+class UsageJournals:
     """The journals of two months, for the ledger of this hub."""
 
     def __init__(self, ledger: Ledger, prefix: str) -> None:
@@ -394,7 +394,7 @@ class Usage:
         self._months: dict[date, Month] = {}
 
     def __repr__(self) -> str:
-        return f"<Usage {[*self._months.values()]!r}>"
+        return f"<UsageJournals {[*self._months.values()]!r}>"
 
     def parts(self) -> list[Month]:
         """Return what takes part in the next round."""
@@ -415,7 +415,9 @@ class Usage:
 class Month:
     """The journal of one month; a part of the rounds."""
 
-    def __init__(self, ledger: Ledger, prefix: str, month: date, usage: Usage) -> None:
+    def __init__(
+        self, ledger: Ledger, prefix: str, month: date, usage: UsageJournals
+    ) -> None:
         self.journal = Journal(
             prefix,
             f"usage:{month:%Y-%m}",
@@ -473,7 +475,7 @@ class Month:
             for key, sums in zip(keys, totals, strict=True)
         ]
 
-    async def take(self, entries: Sequence[Entry], answer: Answer) -> bool:
+    async def take(self, entries: Sequence[Entry], answer: StepResult) -> bool:
         try:
             if answer.renewed:
                 await self._ledger.share(self._first)
@@ -497,7 +499,7 @@ class Month:
         progress = answer.renewed or bool(self._sent)
         return answer.more or (progress and bool(self._to_send(1)))
 
-    def _others(self, answer: Answer) -> list[OtherRow]:
+    def _others(self, answer: StepResult) -> list[OtherRow]:
         """Read the rows of other ledgers; what is malformed is left out."""
         found = []
         for row in answer.rows:

@@ -111,7 +111,7 @@ class Want(NamedTuple):
     queue: str = ""  # distinguishes requests of one subject, such as their model
 
 
-class Ask(NamedTuple):
+class SlotAsk(NamedTuple):
     """What a hub asks of one worker."""
 
     worker: str
@@ -136,7 +136,7 @@ class Grant(NamedTuple):
     subject: str  # whose request it is for; empty if it is spare
 
 
-class Reply(NamedTuple):
+class SlotReply(NamedTuple):
     """What came of an ask.
 
     `granted` may repeat a lease that arrived before, by a message or a reply.
@@ -148,7 +148,7 @@ class Reply(NamedTuple):
     free: int  # slots that this hub could be granted, if no request went before it
 
 
-class Store(Protocol):
+class ScriptStore(Protocol):
     @property
     def prefix(self) -> str: ...
     async def run(
@@ -157,14 +157,14 @@ class Store(Protocol):
 
 
 async def sync(
-    store: Store,
+    store: ScriptStore,
     hub: str,
-    asks: Sequence[Ask],
+    asks: Sequence[SlotAsk],
     *,
     epoch: str = "",
     hubs: int = 0,
     whole: bool = False,
-) -> list[Reply]:
+) -> list[SlotReply]:
     """Renew, give back and ask for leases; return the replies, in the order of asks.
 
     All asks with wants or returned leases should be in one call.  Calls of one hub must
@@ -198,8 +198,8 @@ async def sync(
     return replies
 
 
-def _split(asks: Sequence[Ask]) -> Iterator[Sequence[Ask]]:
-    part: list[Ask] = []
+def _split(asks: Sequence[SlotAsk]) -> Iterator[Sequence[SlotAsk]]:
+    part: list[SlotAsk] = []
     weight = 0
     for ask in asks:
         weight += WORKER_WEIGHT + len(ask.held) + len(ask.back)
@@ -211,7 +211,7 @@ def _split(asks: Sequence[Ask]) -> Iterator[Sequence[Ask]]:
         yield part
 
 
-_decode_replies = msgspec.msgpack.Decoder(list[Reply]).decode
+_decode_replies = msgspec.msgpack.Decoder(list[SlotReply]).decode
 _decode_grants = msgspec.msgpack.Decoder(list[tuple[str, str, str]]).decode
 _decode_wanted = msgspec.msgpack.Decoder(list[str]).decode
 
@@ -370,7 +370,7 @@ class Share:
         in_use: bool = True,
         renew: bool = True,
         careful: bool = False,
-    ) -> Ask | None:
+    ) -> SlotAsk | None:
         """Return what to ask for this worker; None if there is nothing to ask or renew.
 
         `slots` is how many requests it can take from all hubs, of which `fair` are this
@@ -401,7 +401,7 @@ class Share:
         named = self.leases if renew else filter(self._new.__contains__, self.leases)
         held, back, unused = map(tuple, (named, self._back, self._unused))
         wants, holds = self._wants, len(self.leases)
-        return Ask(self.key, slots, fair, held, back, spare, wants, unused, holds)
+        return SlotAsk(self.key, slots, fair, held, back, spare, wants, unused, holds)
 
     def cover(self, running: int) -> None:
         """Make leases for requests that were admitted without the store."""
@@ -458,7 +458,7 @@ class Share:
         """
         self.contended = self._alerted = True
 
-    def take(self, ask: Ask, reply: Reply) -> list[Grant]:
+    def take(self, ask: SlotAsk, reply: SlotReply) -> list[Grant]:
         """Take in the reply to what was asked; return what is new of the grants."""
         sent = {*ask.back, *ask.unused}
         self._new.difference_update(ask.held)

@@ -104,7 +104,7 @@ class Mode(enum.Enum):
     PROBING = "probing"
 
 
-class Event(enum.Enum):
+class StoreEvent(enum.Enum):
     LOST = "the connection is closed or silent"
     DUE = "it is time to try again"
     ANSWERED = "the store answers"
@@ -112,11 +112,11 @@ class Event(enum.Enum):
 
 
 # All the steps there are; any other raises.
-TRANSITIONS: dict[tuple[Mode, Event], Mode] = {
-    (Mode.DOWN, Event.DUE): Mode.PROBING,
-    (Mode.PROBING, Event.ANSWERED): Mode.UP,
-    (Mode.PROBING, Event.REFUSED): Mode.DOWN,
-    (Mode.UP, Event.LOST): Mode.DOWN,
+TRANSITIONS: dict[tuple[Mode, StoreEvent], Mode] = {
+    (Mode.DOWN, StoreEvent.DUE): Mode.PROBING,
+    (Mode.PROBING, StoreEvent.ANSWERED): Mode.UP,
+    (Mode.PROBING, StoreEvent.REFUSED): Mode.DOWN,
+    (Mode.UP, StoreEvent.LOST): Mode.DOWN,
 }
 
 
@@ -304,16 +304,16 @@ class Store:
 
     # --- The mode -----------------------------------------------------------------
 
-    def _step(self, event: Event, reason: str = "") -> None:
+    def _step(self, event: StoreEvent, reason: str = "") -> None:
         following = TRANSITIONS.get((self.mode, event))
         if following is None:
             raise AssertionError(f"{self!r}: {event}")
         self.mode = following
         self.reason = reason
-        if event is Event.LOST:
+        if event is StoreEvent.LOST:
             self.outages += 1
             logger.warning("the store is down: %s; going on without it", reason)
-        elif event is Event.ANSWERED:
+        elif event is StoreEvent.ANSWERED:
             logger.info("the store is up: %s at %s", self.server, self.url)
             self._complaint = ""
         for callback in self._mode_listeners:
@@ -356,7 +356,7 @@ class Store:
         return pause
 
     async def _connect(self) -> None:
-        self._step(Event.DUE, "connecting")
+        self._step(StoreEvent.DUE, "connecting")
         self._attempts += 1
         link = Link(self._address, self._receive, self._lose, self._clock)
         try:
@@ -367,10 +367,10 @@ class Store:
         except BaseException as exc:
             await link.close()
             reason = str(exc) if isinstance(exc, StoreError) else "stopped"
-            self._step(Event.REFUSED, reason)
+            self._step(StoreEvent.REFUSED, reason)
             raise
         self._link = link
-        self._step(Event.ANSWERED)
+        self._step(StoreEvent.ANSWERED)
         if link.concern:
             logger.warning("%s", link.concern)
         self._note_epoch(epoch)
@@ -380,7 +380,7 @@ class Store:
         if link is not self._link:
             return
         self._link = None
-        self._step(Event.LOST, reason)
+        self._step(StoreEvent.LOST, reason)
         self._back_off()
         self._keeper.wake()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gollama_proxy import __version__
-from gollama_proxy.fleet.breaker import Breaker, BreakerState, Cause
+from gollama_proxy.fleet.breaker import Breaker, BreakerState, OpenCause
 from gollama_proxy.fleet.registry import Registry
 from gollama_proxy.fleet.state import WorkerState
 from gollama_proxy.fleet.worker import Worker
@@ -434,7 +434,7 @@ class FleetMetrics:
             for model, breaker in {"": worker.breaker, **worker.model_breakers}.items():
                 if model in self._models:
                     found.append((RETRIES.at(model), at, breaker))
-        states, causes = [*BreakerState], [*Cause]
+        states, causes = [*BreakerState], [*OpenCause]
         yield (
             BREAKER,
             (

@@ -68,7 +68,7 @@ def admitted(host: str, found: Iterable[str]) -> list[str]:
 # --- Looking up the workers behind a name -----------------------------------------
 
 
-class Endpoint(NamedTuple):
+class ServerAddress(NamedTuple):
     """One server behind a name: a host and a port, or an address of the name."""
 
     host: str
@@ -78,7 +78,7 @@ class Endpoint(NamedTuple):
 
 async def look_up(
     origin: Origin, timeout: float, resolver: Resolver | None = None
-) -> list[Endpoint]:
+) -> list[ServerAddress]:
     """Return what a name leads to, in a fixed order; `timeout` in seconds.
 
     Raises:
@@ -90,13 +90,14 @@ async def look_up(
     every = sorted(map(ipaddress.ip_address, set(found)), key=lambda a: a.packed)
     of_ipv4 = [address for address in every if address.version == 4]
     return [
-        Endpoint(origin.host, origin.port, str(address)) for address in of_ipv4 or every
+        ServerAddress(origin.host, origin.port, str(address))
+        for address in of_ipv4 or every
     ]
 
 
 async def _look_up_services(
     name: str, timeout: float, resolver: Resolver | None
-) -> list[Endpoint]:
+) -> list[ServerAddress]:
     from dns.asyncresolver import Resolver as SystemResolver
     from dns.exception import DNSException
 
@@ -111,7 +112,7 @@ async def _look_up_services(
         for record in answer
     }
     usable = [
-        Endpoint(host, port)
+        ServerAddress(host, port)
         for host, port in sorted(found)
         # RFC 2782: a target of "." means that there is no such service.
         if host and port and not addresses.why_refused(host)
@@ -134,7 +135,7 @@ def _explain(error: Exception) -> str:
 
 # --- Groups -----------------------------------------------------------------------
 
-LookUp = Callable[[Origin, float], Awaitable[Sequence[Endpoint]]]
+LookUp = Callable[[Origin, float], Awaitable[Sequence[ServerAddress]]]
 
 
 class Groups:
@@ -263,7 +264,7 @@ class _Group:
     ) -> None:
         self.loop = Periodic(f"look-up of {name}", step, period, delay=0.0)
         self.first = asyncio.Event()  # the end of its first look-up
-        self.members: tuple[Endpoint, ...] = ()
+        self.members: tuple[ServerAddress, ...] = ()
         self.name = name
         self._answered = 0.0  # when it had an answer, in monotonic seconds
         self.failing = ""  # why the last look-up had no answer
@@ -271,7 +272,9 @@ class _Group:
     def __repr__(self) -> str:
         return f"<_Group {self.name} members={len(self.members)}>"
 
-    def succeed(self, found: Sequence[Endpoint], now: float) -> tuple[Endpoint, ...]:
+    def succeed(
+        self, found: Sequence[ServerAddress], now: float
+    ) -> tuple[ServerAddress, ...]:
         """Return the members after an answer."""
         if not found:
             return self.fail("an empty answer", now)
@@ -288,7 +291,7 @@ class _Group:
             logger.info("group %s: %d workers", self.name, len(members))
         return members
 
-    def fail(self, reason: str, now: float) -> tuple[Endpoint, ...]:
+    def fail(self, reason: str, now: float) -> tuple[ServerAddress, ...]:
         """Return the members after a look-up without an answer."""
         kept = self.members if now - self._answered < KEPT else ()
         if reason != self.failing or len(kept) != len(self.members):
@@ -299,7 +302,7 @@ class _Group:
         return kept
 
 
-def member_of(group: WorkerConfig, endpoint: Endpoint) -> WorkerConfig:
+def member_of(group: WorkerConfig, endpoint: ServerAddress) -> WorkerConfig:
     """Return one worker of a group, with its settings."""
     origin = Origin(
         group.origin.scheme.removeprefix("dns+"),

@@ -10,7 +10,7 @@ import pytest
 
 from gollama_proxy.control import admin as module
 from gollama_proxy.control.admin import read_question
-from gollama_proxy.state.ledger import DAY, Answer, Question, day_of
+from gollama_proxy.state.ledger import DAY, UsageQuestion, UsageSums, day_of
 from gollama_proxy.wire.errors import RequestError
 from tests.fakes.asks import CHAT, RARELY, WHOLE
 from tests.fakes.clock import Clock
@@ -181,7 +181,7 @@ async def test_questions_that_wait_are_limited(monkeypatch: pytest.MonkeyPatch) 
         let, ledger = asyncio.Event(), hub.hub.ledger
         read = ledger.read
 
-        async def slowly(question: Question) -> Answer:
+        async def slowly(question: UsageQuestion) -> UsageSums:
             await let.wait()
             return await read(question)
 
@@ -220,7 +220,7 @@ async def test_questions_that_wait_are_limited(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_a_range_is_of_whole_days(query: dict[str, str], first: int, end: int) -> None:
-    assert read_question(query, "model", NOON) == Question(("model",), first, end)
+    assert read_question(query, "model", NOON) == UsageQuestion(("model",), first, end)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from gollama_proxy.control.history import (
     SAMPLES,
     History,
     Recent,
-    Running,
+    RunningSample,
     percentiles,
 )
 from gollama_proxy.telemetry.accesslog import Outcome, Record
@@ -81,7 +81,9 @@ class Kept:
         self.workers = list(registry("tiny", "tiny").workers)
         self.number = 0
 
-    def take(self, *running: Running, waiting: int = 0, after: float = 1.0) -> Any:
+    def take(
+        self, *running: RunningSample, waiting: int = 0, after: float = 1.0
+    ) -> Any:
         """Take a sample; return the workers that have changed, by their names."""
         self.clock.advance(after)
         changed = self.history.take(running, waiting, self.workers)
@@ -102,8 +104,10 @@ class Kept:
         return {key: values[-1] for key, values in columns.items()}
 
 
-def running(id: str, tokens: int, first: float | None, worker: str = "w0") -> Running:
-    return Running(id, 900.0, CHAT, worker, first, tokens)
+def running(
+    id: str, tokens: int, first: float | None, worker: str = "w0"
+) -> RunningSample:
+    return RunningSample(id, 900.0, CHAT, worker, first, tokens)
 
 
 def test_requests_that_ended_are_counted_once() -> None:

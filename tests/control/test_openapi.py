@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from gollama_proxy import control
 from gollama_proxy.config.settings import Config
-from gollama_proxy.control.admin import Admin, Usage
+from gollama_proxy.control.admin import Admin, UsageApi
 from gollama_proxy.control.views import Views
 from gollama_proxy.hub import Hub
 from tests.control.test_admin import ADMIN, CALM
@@ -35,7 +35,7 @@ EXAMPLES = 3  # for each call
 
 def test_each_route_is_described_and_the_other_way_round() -> None:
     hub = Hub(Config())
-    routes = {**Admin(hub, Views(hub)).routes(), **Usage(hub).routes()}
+    routes = {**Admin(hub, Views(hub)).routes(), **UsageApi(hub).routes()}
     assert sorted(ALL_CALLS) == sorted(
         (method, path) for path, methods in routes.items() for method in methods
     )

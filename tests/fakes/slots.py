@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from valkey import Valkey
 
 from gollama_proxy.state import slots
-from gollama_proxy.state.slots import Ask, Grant, Reply
+from gollama_proxy.state.slots import Grant, SlotAsk, SlotReply
 from tests.fakes.valkey import program
 from tests.fakes.waiting import DEADLINE
 
@@ -71,14 +71,14 @@ class SlotStore:
         seconds, rest = divmod(round(self.now * 1e6), 1_000_000)
         return self.client.eval(script, len(keys), *keys, *args, seconds, rest)
 
-    def sync(self, hub: str, *asks: Ask, **options: Any) -> list[Reply]:
+    def sync(self, hub: str, *asks: SlotAsk, **options: Any) -> list[SlotReply]:
         """Call; `options` are those of the function."""
         return drive(slots.sync(self, hub, asks, **options))
 
-    def ask(self, hub: str, *, options: Any = None, **of: Any) -> Reply:
+    def ask(self, hub: str, *, options: Any = None, **of: Any) -> SlotReply:
         """Ask of one worker with four slots, of which each of two hubs has two."""
         ask = {"worker": "w", "slots": 4, "fair": 2} | of
-        [reply] = self.sync(hub, Ask(**ask), **(options or {}))
+        [reply] = self.sync(hub, SlotAsk(**ask), **(options or {}))
         return reply
 
     # --- Messages -----------------------------------------------------------------

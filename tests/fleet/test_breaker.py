@@ -20,8 +20,8 @@ from gollama_proxy.fleet.breaker import (
     Breaker,
     BreakerEvent,
     BreakerState,
-    Cause,
     IllegalStepError,
+    OpenCause,
     Permit,
     Policy,
     Verdict,
@@ -322,21 +322,23 @@ def test_stragglers_of_a_breakdown_do_not_trip_it_again() -> None:
 @pytest.mark.parametrize(
     ("verdicts", "cause"),
     [
-        ([BAD] * 5, Cause.CONSECUTIVE),
-        ([GOOD, BAD] * 5, Cause.FAILURE_RATE),
-        ([GOOD] * 2 + [SLOW] * 8, Cause.SLOW_RATE),
-        ([HUNG] * 5, Cause.CONSECUTIVE),
-        ([GOOD, *[HUNG] * 4] * 2, Cause.SLOW_RATE),
+        ([BAD] * 5, OpenCause.CONSECUTIVE),
+        ([GOOD, BAD] * 5, OpenCause.FAILURE_RATE),
+        ([GOOD] * 2 + [SLOW] * 8, OpenCause.SLOW_RATE),
+        ([HUNG] * 5, OpenCause.CONSECUTIVE),
+        ([GOOD, *[HUNG] * 4] * 2, OpenCause.SLOW_RATE),
     ],
 )
-def test_what_has_opened_it_is_counted(verdicts: list[Verdict], cause: Cause) -> None:
+def test_what_has_opened_it_is_counted(
+    verdicts: list[Verdict], cause: OpenCause
+) -> None:
     breaker, clock = make()
     record(breaker, *verdicts)
     assert breaker.causes == {cause: 1}
     for number in (1, 2):
         clock.advance(breaker.opens_in())
         prove(breaker, True, None, False)
-        assert breaker.causes == {cause: 1, Cause.PROOF: number}
+        assert breaker.causes == {cause: 1, OpenCause.PROOF: number}
     assert breaker.causes.total() == 3 == breaker.transitions[BreakerState.OPEN]
 
 
@@ -393,7 +395,7 @@ def test_to_be_unavailable_again_and_again_is_to_be_broken() -> None:
     assert breaker.closed
     breaker.busy(1, unavailable=True)
     assert breaker.state is BreakerState.OPEN
-    assert breaker.causes[Cause.CONSECUTIVE] == 1
+    assert breaker.causes[OpenCause.CONSECUTIVE] == 1
     clock.advance(breaker.opens_in())
     breaker.busy(1, unavailable=True)
     assert breaker.state is BreakerState.HALF_OPEN
@@ -926,14 +928,14 @@ def test_each_opening_is_counted_with_its_cause() -> None:
     breaker, clock = make()
     for count in (1, 2, 3):
         record(breaker, *[BAD] * STEADY.consecutive)
-        assert breaker.causes == {Cause.CONSECUTIVE: count}
+        assert breaker.causes == {OpenCause.CONSECUTIVE: count}
         clock.advance(breaker.opens_in())
         prove(breaker, True, True)
     clock.advance(1000)
     record(breaker, *[BAD] * STEADY.consecutive)
     clock.advance(breaker.opens_in())
     prove(breaker, False)
-    assert breaker.causes == {Cause.CONSECUTIVE: 4, Cause.PROOF: 1}
+    assert breaker.causes == {OpenCause.CONSECUTIVE: 4, OpenCause.PROOF: 1}
 
 
 def test_a_worker_that_has_just_recovered_passes_its_first_turns() -> None:

@@ -15,7 +15,7 @@ from gollama_proxy.fleet.lease import Result
 from gollama_proxy.scheduling import sharing
 from gollama_proxy.scheduling.sharing import MOST_PLACES, WAITING, Sharing
 from gollama_proxy.state.link import StoreDownError, StoreError
-from gollama_proxy.state.slots import CAUTION, LIFETIME, Ask, Grant, Reply
+from gollama_proxy.state.slots import CAUTION, LIFETIME, Grant, SlotAsk, SlotReply
 from gollama_proxy.state.store import Mode
 from tests.fakes.waiting import until
 from tests.scheduling.test_queue import Hub
@@ -30,7 +30,7 @@ class Store:
         self.mode = Mode.UP
         self.slots = slots
         self.error: Exception | None = None
-        self.calls: list[list[Ask]] = []
+        self.calls: list[list[SlotAsk]] = []
         self._granted = 0
         self.epoch = "first"
         self.sent: list[Sequence[Any]] = []  # how many hubs are awaited, and the like
@@ -55,7 +55,7 @@ class Store:
         self._mode_listener(mode)
 
     async def run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> bytes:
-        asks = msgspec.msgpack.decode(args[-1], type=list[Ask])
+        asks = msgspec.msgpack.decode(args[-1], type=list[SlotAsk])
         self.calls.append(asks)
         self.sent.append(args[-4:-1])
         await asyncio.sleep(0)
@@ -63,14 +63,14 @@ class Store:
             raise self.error
         return msgspec.msgpack.encode([self._answer(ask) for ask in asks])
 
-    def _answer(self, ask: Ask) -> Reply:
+    def _answer(self, ask: SlotAsk) -> SlotReply:
         free = self.slots - len(ask.held)
         subjects = [want.subject for want in ask.wants for _ in range(want.requests)]
         granted = []
         for subject in [*subjects, *[""] * ask.spare][:free]:
             self._granted += 1
             granted.append(Grant(f"l{self._granted}", subject))
-        return Reply(ask.worker, granted, 0, free - len(granted))
+        return SlotReply(ask.worker, granted, 0, free - len(granted))
 
 
 @asynccontextmanager

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from gollama_proxy.state.facts import (
+    Comparison,
     Fact,
     Stamp,
     StoredWorker,
-    Verdict,
     compare,
     is_sound,
     left_over,
@@ -63,7 +63,7 @@ def test_what_cannot_be_used_is_not_sound(fact: Fact) -> None:
     assert not is_sound(fact)
 
 
-TAKE, SEND, NOTHING = Verdict(take=True), Verdict(send=True), Verdict()
+TAKE, SEND, NOTHING = Comparison(take=True), Comparison(send=True), Comparison()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ TAKE, SEND, NOTHING = Verdict(take=True), Verdict(send=True), Verdict()
     ],
 )
 def test_the_greatest_version_wins(
-    mine: Stamp | None, theirs: int, verdict: Verdict
+    mine: Stamp | None, theirs: int, verdict: Comparison
 ) -> None:
     assert compare(mine, theirs) == verdict
 
@@ -93,6 +93,6 @@ def test_the_greatest_version_wins(
     ],
 )
 def test_a_store_without_a_fact_gets_it_unless_it_was_removed(
-    mine: Stamp, same_life: bool, verdict: Verdict
+    mine: Stamp, same_life: bool, verdict: Comparison
 ) -> None:
     assert left_over(mine, same_life=same_life) == verdict

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gollama_proxy.state.facts import MOST_NEWS, Answer, Entry, Journal
+from gollama_proxy.state.facts import MOST_NEWS, Entry, Journal, StepResult
 from gollama_proxy.state.store import Store
 from tests.fakes.valkey import ENGINES, connected, running_store
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("patient_hubs")
 SECOND = 1_000_000
 
 
-async def step(store: Store, journal: Journal, *entries: Entry) -> Answer:
+async def step(store: Store, journal: Journal, *entries: Entry) -> StepResult:
     [reply] = await store.pipe([journal.command(entries)], within=30)
     return journal.read(reply)
 

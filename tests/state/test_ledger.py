@@ -19,10 +19,10 @@ from gollama_proxy.state.ledger import (
     DAY,
     OTHER,
     SUMS,
-    Answer,
     Ledger,
-    Question,
     Spent,
+    UsageQuestion,
+    UsageSums,
     day_of,
     open_ledger,
 )
@@ -64,8 +64,8 @@ async def opened(
 
 async def read(
     ledger: Ledger, *by: str, first: int = 0, end: int = 1 << 20, **only: str
-) -> Answer:
-    return await ledger.read(Question(by or ("subject",), first, end, **only))
+) -> UsageSums:
+    return await ledger.read(UsageQuestion(by or ("subject",), first, end, **only))
 
 
 def stored(folder: Path) -> list[tuple[Any, ...]]:
@@ -140,7 +140,7 @@ async def test_a_question_may_be_about_some_days_and_one_subject() -> None:
     assert [row["day"] for row in answer.rows] == ["2026-11-30", "2026-12-01"]
     assert answer.total["requests"] == 2
     nothing = await read(ledger, first=TODAY + 9, subject="alice")
-    assert nothing == Answer([], NOTHING, complete=True)
+    assert nothing == UsageSums([], NOTHING, complete=True)
     await ledger.close()
 
 
@@ -455,4 +455,4 @@ async def test_a_damaged_ledger_is_moved_aside(
 async def test_questions_after_the_end_find_nothing() -> None:
     ledger = Ledger(clock=Clock(NOON))
     await ledger.close()
-    assert await read(ledger) == Answer([], NOTHING, complete=True)
+    assert await read(ledger) == UsageSums([], NOTHING, complete=True)

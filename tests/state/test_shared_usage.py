@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gollama_proxy.state import shared
-from gollama_proxy.state.ledger import DAY, Question, day_of
+from gollama_proxy.state.ledger import DAY, UsageQuestion, day_of
 from gollama_proxy.state.local import LocalState
 from gollama_proxy.state.shared import SharedState
 from tests.fakes.clock import Clock
@@ -44,7 +44,7 @@ class Hub(SharedState):
     async def total(self, **question: Any) -> int:
         """Return the tokens that all hubs have used, as far as this one knows."""
         asked = {"by": ("day",), "first": TODAY - 100, "end": TODAY + 100} | question
-        answer = await self.local.ledger.read(Question(**asked))
+        answer = await self.local.ledger.read(UsageQuestion(**asked))
         return int(answer.total["completion_tokens"])
 
     def spent(self, subject: str = "alice") -> tuple[int, int]:

@@ -14,7 +14,7 @@ from gollama_proxy.state.slots import (
     LIFETIME,
     MOST_WANTS,
     PATIENCE,
-    Ask,
+    SlotAsk,
     Want,
 )
 from tests.fakes.slots import SlotStore, leases_of, slot_server
@@ -34,7 +34,7 @@ def store(socket: Path) -> Iterator[SlotStore]:
     """A store that has been in use for a while."""
     store = SlotStore(socket)
     store.client.flushall()
-    store.sync("a", Ask("other", 1, 1))
+    store.sync("a", SlotAsk("other", 1, 1))
     store.now += CAUTION
     yield store
     store.close()
@@ -67,7 +67,7 @@ def test_a_lease_ends_unless_it_is_renewed(store: SlotStore) -> None:
     held = leases_of(store.ask("a", spare=4).granted)
     for _ in range(3):
         store.now += LIFETIME - 0.001
-        store.sync("b", Ask("other", 1, 1))
+        store.sync("b", SlotAsk("other", 1, 1))
         assert store.ask("a", held=held).free == 2
     store.now += LIFETIME - 0.001
     assert store.ask("b").free == 2
@@ -84,9 +84,9 @@ def test_a_lease_that_is_given_back_is_free_at_once(store: SlotStore) -> None:
 def test_what_runs_is_registered_again_even_above_the_slots(store: SlotStore) -> None:
     wants = [Want("s", 0, 4)]
     held = leases_of(store.ask("a", wants=wants).granted)
-    store.sync("a", Ask("w", 4, 2, held=held))
+    store.sync("a", SlotAsk("w", 4, 2, held=held))
     store.now += LIFETIME
-    store.sync("b", Ask("other", 1, 1))
+    store.sync("b", SlotAsk("other", 1, 1))
     store.now += LIFETIME - 1
     assert len(store.ask("b", wants=wants).granted) == 4
     reply = store.ask("a", held=held, wants=[Want("s", 0, 1)])
@@ -201,7 +201,7 @@ def test_slots_of_a_dead_hub_are_free_within_a_lifetime(store: SlotStore) -> Non
 
 def test_the_same_request_is_granted_one_slot(store: SlotStore) -> None:
     wants = [Want("s", 0, 2, "model"), Want("s", 0, 1, "another")]
-    asks = [Ask(f"w{n}", 1, 1, wants=wants) for n in range(5)]
+    asks = [SlotAsk(f"w{n}", 1, 1, wants=wants) for n in range(5)]
     replies = store.sync("a", *asks)
     assert sum(len(reply.granted) for reply in replies) == 3
     assert [reply.waiting for reply in store.sync("b", *asks)] == [0] * 5
@@ -210,10 +210,12 @@ def test_the_same_request_is_granted_one_slot(store: SlotStore) -> None:
 def test_a_request_that_was_granted_a_slot_does_not_wait_elsewhere(
     store: SlotStore,
 ) -> None:
-    store.sync("b", Ask("full", 0, 0), Ask("free", 1, 1))
+    store.sync("b", SlotAsk("full", 0, 0), SlotAsk("free", 1, 1))
     wants = [Want("s", 0, 1)]
-    store.sync("b", Ask("full", 0, 0, wants=wants), Ask("free", 1, 1, wants=wants))
-    assert store.sync("a", Ask("full", 0, 0))[0].waiting == 0
+    store.sync(
+        "b", SlotAsk("full", 0, 0, wants=wants), SlotAsk("free", 1, 1, wants=wants)
+    )
+    assert store.sync("a", SlotAsk("full", 0, 0))[0].waiting == 0
 
 
 # --- Messages ---------------------------------------------------------------------
@@ -378,7 +380,7 @@ def test_all_that_is_kept_is_bounded_and_expires(store: SlotStore) -> None:
     wants = [Want(f"s{n}", 0, 1) for n in range(MOST_WANTS + 10)]
     store.ask("a", slots=2, spare=1, wants=wants)
     assert store.ask("b", slots=2).waiting == MOST_WANTS - 2
-    store.sync("b", Ask("another", 1, 1, held=["b:m1"]))
+    store.sync("b", SlotAsk("another", 1, 1, held=["b:m1"]))
     keys = store.client.keys()
     assert len(keys) == 5
     assert all(0 < store.client.pttl(key) <= 600_000 for key in keys)
@@ -393,7 +395,7 @@ def test_a_line_is_removed_with_its_last_request(store: SlotStore) -> None:
 
 def test_large_calls_are_split(store: SlotStore) -> None:
     asks = [
-        Ask(f"w{n}", 900, 900, held=[f"a:m{n}-{k}" for k in range(800)])
+        SlotAsk(f"w{n}", 900, 900, held=[f"a:m{n}-{k}" for k in range(800)])
         for n in range(12)
     ]
     before = store.client.info("commandstats")["cmdstat_eval"]["calls"]

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from benchmarks.leases import Leases, Message
-from gollama_proxy.state.slots import CAUTION, LIFETIME, PATIENCE, Ask, Grant, Want
+from gollama_proxy.state.slots import CAUTION, LIFETIME, PATIENCE, Grant, SlotAsk, Want
 from tests.fakes.slots import SlotStore, slot_server
 from tests.fakes.valkey import ENGINES
 
@@ -52,9 +52,9 @@ class Hub:
         self.back: dict[str, set[str]] = {worker: set() for worker in SLOTS}
         self.unused: dict[str, set[str]] = {worker: set() for worker in SLOTS}
 
-    def asks(self, spare: int) -> list[Ask]:
+    def asks(self, spare: int) -> list[SlotAsk]:
         return [
-            Ask(
+            SlotAsk(
                 worker,
                 slots,
                 fair=(slots + len(HUBS) - 1 - HUBS.index(self.run[0])) // len(HUBS),
@@ -101,7 +101,7 @@ class Hub:
             self.back[worker] |= leases
             leases.clear()
 
-    def confirm(self, asks: list[Ask]) -> None:
+    def confirm(self, asks: list[SlotAsk]) -> None:
         """Forget the leases that were given back by a call."""
         for ask in asks:
             self.back[ask.worker].clear()

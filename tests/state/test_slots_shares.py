@@ -13,17 +13,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gollama_proxy.config.settings import Origin
 from gollama_proxy.state.slots import (
     RECENT,
-    Ask,
     Grant,
-    Reply,
     Share,
+    SlotAsk,
+    SlotReply,
     Want,
     fair_part,
     fair_parts,
     shared_key,
 )
 
-NOTHING = Reply("w", [], 0, 4)
+NOTHING = SlotReply("w", [], 0, 4)
 
 
 def make(*leases: str) -> Share:
@@ -32,7 +32,7 @@ def make(*leases: str) -> Share:
     return share
 
 
-def asked(share: Share, slots: int = 4, running: int = 0, *wants: Want) -> Ask:
+def asked(share: Share, slots: int = 4, running: int = 0, *wants: Want) -> SlotAsk:
     ask = share.ask(slots, slots, running, wants)
     assert ask is not None
     return ask
@@ -104,7 +104,7 @@ def test_an_ask_names_the_worker_its_slots_and_the_part_of_the_hub() -> None:
     share.trim(1)
     share.note(3, 1.0)
     ask = share.ask(8, 2, 1, [want])
-    assert ask == Ask("w", 8, 2, ("1",), ("2",), 3, (want,), (), 1)
+    assert ask == SlotAsk("w", 8, 2, ("1",), ("2",), 3, (want,), (), 1)
     assert share.waits
 
 
@@ -120,9 +120,9 @@ def test_an_idle_worker_is_given_back_and_then_not_asked_for() -> None:
 
 def test_a_worker_without_anything_to_ask_is_not_scarce() -> None:
     share = make("1")
-    share.take(asked(share, 4, 1), Reply("w", [], 0, 0))
+    share.take(asked(share, 4, 1), SlotReply("w", [], 0, 0))
     assert share.scarce
-    share.take(asked(share), Reply("w", [], 0, 0))
+    share.take(asked(share), SlotReply("w", [], 0, 0))
     assert share.ask(4, 4, 0) is None
     assert not share.scarce
 
@@ -154,7 +154,7 @@ def test_a_first_request_asks_for_a_slot_and_one_to_spare() -> None:
     assert share.is_urgent([want])
     ask = asked(share, 4, 0, want)
     assert (ask.wants, ask.spare) == ((want,), 1)
-    reply = Reply("w", [Grant("1", "ann"), Grant("2", "")], 0, 2)
+    reply = SlotReply("w", [Grant("1", "ann"), Grant("2", "")], 0, 2)
     assert share.take(ask, reply) == reply.granted
     assert share.leases == ["1", "2"]
     assert not share.scarce
@@ -178,7 +178,7 @@ def test_a_hub_that_has_every_slot_does_not_call_again_and_again() -> None:
 def test_calls_between_heartbeats_name_leases_once() -> None:
     share = make("1", "2")
 
-    def ask() -> Ask:
+    def ask() -> SlotAsk:
         made = share.ask(8, 4, 4, [Want("ann", 1, 1, "m")], renew=False)
         assert made is not None
         assert made.holds == len(share.leases) == 4
@@ -207,9 +207,9 @@ def test_while_no_other_hub_waits_numbers_may_be_late() -> None:
 def test_a_worker_is_scarce_while_it_has_no_slot_for_a_request() -> None:
     share = make()
     ask = asked(share, 4, 0, Want("ann", 1, 1, "m"))
-    share.take(ask, Reply("w", [], 0, 0))
+    share.take(ask, SlotReply("w", [], 0, 0))
     assert share.scarce
-    share.take(asked(share, 4, 0), Reply("w", [], 0, 1))
+    share.take(asked(share, 4, 0), SlotReply("w", [], 0, 1))
     assert not share.scarce
     share.take(asked(share, 4, 0, Want("ann", 1, 1, "m")), NOTHING)
     assert share.scarce, "it got none, so it can get none for now"
@@ -221,7 +221,7 @@ def test_a_worker_is_scarce_while_it_has_no_slot_for_a_request() -> None:
 def test_spare_leases_go_back_when_another_hub_waits() -> None:
     share = make("1", "2", "3")
     share.note(2, 0.0)
-    share.take(asked(share, 4, 1), Reply("w", [], 2, 0))
+    share.take(asked(share, 4, 1), SlotReply("w", [], 2, 0))
     assert share.contended
     ask = asked(share, 4, 1)
     assert (ask.held, ask.back, ask.spare) == (("1",), ("3", "2"), 0)
@@ -229,7 +229,7 @@ def test_spare_leases_go_back_when_another_hub_waits() -> None:
 
 def test_one_request_that_waits_elsewhere_is_enough() -> None:
     share = make("1")
-    share.take(asked(share, 4, 1), Reply("w", [], 1, 0))
+    share.take(asked(share, 4, 1), SlotReply("w", [], 1, 0))
     assert share.contended
 
 
@@ -277,7 +277,7 @@ def test_a_grant_counts_once_however_often_it_arrives() -> None:
     ask = asked(share, 4, 0, Want("ann", 1, 1, "m"))
     assert share.receive(grant)
     assert not share.receive(grant)
-    assert share.take(ask, Reply("w", [grant], 0, 3)) == []
+    assert share.take(ask, SlotReply("w", [grant], 0, 3)) == []
     assert share.leases == ["1"]
 
 
@@ -297,7 +297,7 @@ def test_after_a_grant_the_store_knows_of_one_request_less(
         return [Want(subject, 1, number, queue) for subject, queue, number in these]
 
     share = make()
-    share.take(asked(share, 4, 0, *waiting(wants)), Reply("w", [], 1, 0))
+    share.take(asked(share, 4, 0, *waiting(wants)), SlotReply("w", [], 1, 0))
     assert not share.is_urgent(waiting(wants))
     assert share.receive(Grant("1", ""))
     assert not share.is_urgent(waiting(wants)), "it was for none of them"
@@ -344,7 +344,7 @@ def test_grants_of_a_call_that_was_given_up_go_back_if_they_are_too_many() -> No
     ask = share.ask(4, 2, 1, careful=True)
     assert ask is not None
     late = [Grant(str(n), "ann") for n in range(3)]
-    assert share.take(ask, Reply("w", late, 0, 0)) == late[:1]
+    assert share.take(ask, SlotReply("w", late, 0, 0)) == late[:1]
     assert share.leases == ["a:m1", "0"]
     assert asked(share, 4, 2).unused == ("1", "2")
 
@@ -437,7 +437,7 @@ class Leases:
         self.unheard: dict[str, list[Grant]] = {}
         self._numbers = itertools.count(1)
 
-    def call(self, hub: str, ask: Ask) -> Reply:
+    def call(self, hub: str, ask: SlotAsk) -> SlotReply:
         for lease in (*ask.back, *ask.unused):
             assert self.held.pop(lease, hub) == hub
         for lease in ask.held:
@@ -460,7 +460,7 @@ class Leases:
         if not any(self.wants.values()):
             granted += [self._grant(hub, "") for _ in range(min(ask.spare, self.free))]
         waiting = sum(w.requests for h in self.wants if h != hub for w in self.wants[h])
-        return Reply("w", granted, waiting, self.free)
+        return SlotReply("w", granted, waiting, self.free)
 
     @property
     def free(self) -> int:
@@ -485,7 +485,7 @@ class Hubs(RuleBasedStateMachine):
         self.shares = {hub: Share("w", hub, 0.0) for hub in "abc"}
         self.running = dict.fromkeys("abc", 0)
         self.waiting = dict.fromkeys("abc", 0)
-        self.asks: dict[str, tuple[Ask, Reply]] = {}  # replies on their way
+        self.asks: dict[str, tuple[SlotAsk, SlotReply]] = {}  # replies on their way
         self.now = 0.0
 
     def begin(self, hub: str) -> None:

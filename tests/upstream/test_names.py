@@ -17,7 +17,7 @@ from dns.asyncresolver import Resolver
 
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Origin, WorkerConfig
-from gollama_proxy.upstream.names import Endpoint, admitted, look_up, resolve
+from gollama_proxy.upstream.names import ServerAddress, admitted, look_up, resolve
 from gollama_proxy.upstream.pool import RESOLVED_FOR, Target, connect
 from gollama_proxy.upstream.probe import magic_packet, send_magic
 from tests.fakes.clock import Clock
@@ -219,7 +219,7 @@ async def test_srv_records_have_the_host_and_the_port(server: NameServer) -> Non
     ]
     origin = origin_of("dns+http://_llama._tcp.lan/api")
     found = await look_up(origin, 5.0, resolver_of(server))
-    assert found == [Endpoint("node1.lan", 8080), Endpoint("node2.lan", 9931)]
+    assert found == [ServerAddress("node1.lan", 8080), ServerAddress("node2.lan", 9931)]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ async def test_each_address_of_a_name_is_a_server(
 
     monkeypatch.setattr(uvloop.Loop, "getaddrinfo", getaddrinfo)
     endpoints = await look_up(origin_of("dns+http://llama.lan:8080"), 5.0)
-    assert endpoints == [Endpoint("llama.lan", 8080, address) for address in kept]
+    assert endpoints == [ServerAddress("llama.lan", 8080, address) for address in kept]
 
 
 # --- Machines that sleep ----------------------------------------------------------

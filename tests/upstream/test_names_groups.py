@@ -10,7 +10,7 @@ from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Config, Health, Origin, WorkerConfig
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.fleet.registry import Registry
-from gollama_proxy.upstream.names import KEPT, MOST, Endpoint, Groups, member_of
+from gollama_proxy.upstream.names import KEPT, MOST, Groups, ServerAddress, member_of
 from tests.fakes.clock import Clock
 from tests.fakes.waiting import until
 
@@ -19,20 +19,20 @@ def configured(*urls: str) -> tuple[WorkerConfig, ...]:
     return config.load(None, {}, {}, urls).workers
 
 
-def at(*addresses: str, port: int = 8080) -> list[Endpoint]:
-    return [Endpoint("llama.lan", port, address) for address in addresses]
+def at(*addresses: str, port: int = 8080) -> list[ServerAddress]:
+    return [ServerAddress("llama.lan", port, address) for address in addresses]
 
 
 class Names:
     """A resolver with a script."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, list[Endpoint] | OSError] = {}
+        self.answers: dict[str, list[ServerAddress] | OSError] = {}
         self.changes = 0
         self.clock = Clock()
         self.groups = Groups(Health(), self.look_up, self.note, self.clock)
 
-    async def look_up(self, origin: Origin, timeout: float) -> list[Endpoint]:
+    async def look_up(self, origin: Origin, timeout: float) -> list[ServerAddress]:
         assert timeout == Health().timeout
         answer = self.answers[origin.host]
         if isinstance(answer, OSError):
@@ -93,7 +93,7 @@ async def test_addresses_come_and_go(names: Names) -> None:
 @pytest.mark.parametrize("answer", [[], OSError("no such name")])
 async def test_the_last_members_are_kept_for_a_while(
     names: Names,
-    answer: list[Endpoint] | OSError,
+    answer: list[ServerAddress] | OSError,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     names.groups.follow(GROUP)
@@ -148,7 +148,7 @@ async def test_a_group_that_was_removed_has_no_members(names: Names) -> None:
 
 def test_a_server_of_an_srv_record_has_its_own_port() -> None:
     [group] = configured("dns+https://_llama._tcp.lan/api")
-    member = member_of(group, Endpoint("node1.lan", 9931))
+    member = member_of(group, ServerAddress("node1.lan", 9931))
     assert member.url == "https://node1.lan:9931/api"
     assert member.name == "_llama._tcp.lan-node1.lan:9931"
     assert member.origin == Origin("https", "node1.lan", 9931, "/api")
