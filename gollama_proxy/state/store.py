@@ -71,8 +71,7 @@ BACK_OFF = 0.1
 BACK_OFF_MAX = 2.0
 
 # What hubs do with keys and channels that begin with the prefix.  An ACL has to allow
-# all of it; without INFO, only a warning is missing.
-BASICS = ("eval", "hello", "info", "ping")
+# all of it, and EVAL, HELLO, INFO and PING; without INFO, only a warning is missing.
 COMMANDS = (
     *("del", "get", "getdel", "hdel", "hget", "hkeys", "hlen", "hmget", "hscan"),
     *("hset", "mget", "pexpire", "publish", "set", "subscribe", "time", "xadd"),

@@ -37,6 +37,7 @@ from gollama_proxy.proxy.failures import Again, Cause, Rule, rule_of
 from gollama_proxy.state import store
 from gollama_proxy.telemetry.families import GROUPS
 from gollama_proxy.wire.schema import ENDPOINTS, REFUSED, Api, Endpoint
+from tests.fakes.valkey import BASICS
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -161,7 +162,7 @@ def _describe_alerts() -> str:
 
 
 def _describe_permissions() -> str:
-    names = sorted((*store.BASICS, *store.COMMANDS))
+    names = sorted((*BASICS, *store.COMMANDS))
     rule = "ACL SETUSER gollama on >PASSWORD ~gollama:* &gollama:*"
     words = (rule, *(f"+{name}" for name in names))
     return "\n".join(("```text", *textwrap.wrap(" ".join(words), 88), "```"))

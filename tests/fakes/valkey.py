@@ -19,14 +19,15 @@ from typing import Any, Self
 
 import gollama_proxy.cluster  # noqa: F401  # with its scripts, before a loop runs
 from benchmarks.children import last_words
-from gollama_proxy.state.store import BASICS, COMMANDS, Mode, Store
+from gollama_proxy.state.store import COMMANDS, Mode, Store
 from tests.fakes.client import DEADLINE
 from tests.fakes.tools import missing, require
 from tests.fakes.waiting import until
 from tests.real.llama import LAUNCHER
 
 ENGINES = ("valkey", "redis")
-# What a hub may do, in all tests.
+# What a hub needs besides those, without any key; what it may do, in all tests.
+BASICS = ("eval", "hello", "info", "ping")
 _USER = (
     "hub",
     "on",
