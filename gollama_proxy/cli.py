@@ -47,7 +47,7 @@ from gollama_proxy.config.settings import (
     Row,
     settings,
 )
-from gollama_proxy.config.values import ConfigError, convert, describe, parse_span
+from gollama_proxy.config.values import ConfigError, convert, describe_hint, parse_span
 
 if TYPE_CHECKING:
     from gollama_proxy.tasks import Signals
@@ -535,7 +535,7 @@ def _converted(flag: str, value: str | None, key: str) -> Any:
     try:
         return convert(hints[key], value)
     except ValueError:
-        allowed = describe(hints[key])
+        allowed = describe_hint(hints[key])
         raise ConfigError(f"{flag} = {value!r}: must be {allowed}") from None
 
 

@@ -24,14 +24,14 @@ from gollama_proxy.control.client import (
     AdminClient,
     CallError,
     Json,
-    connect,
+    make_client,
     segment,
 )
 from gollama_proxy.control.display import (
     Overview,
+    describe_model,
     hubs_of,
     machine_of,
-    model_of,
     print_csv,
     print_fields,
     print_table,
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
         CallError: no hub answers, or it refuses.
         ConfigError: a flag is wrong.
     """
-    hub = connect(args.hub, args.token, args.token_file, args.ca_file, os.environ)
+    hub = make_client(args.hub, args.token, args.token_file, args.ca_file, os.environ)
     try:
         with contextlib.closing(hub):
             args.do(args, hub)
@@ -254,7 +254,7 @@ def _show_worker(args: argparse.Namespace, hub: AdminClient) -> None:
             "tokens/s": speed["tokens_per_second"],
             "prompt tokens/s": speed["prompt_tokens_per_second"],
             "first token": span(speed["first_token"]),
-            "models": ", ".join(map(model_of, worker["models"])),
+            "models": ", ".join(map(describe_model, worker["models"])),
             **machine_of(worker["agent"] or {}),
         }
     )

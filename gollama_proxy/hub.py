@@ -14,7 +14,7 @@ from gollama_proxy.config import tls
 from gollama_proxy.config.load import check_exposure
 from gollama_proxy.config.settings import Config, Revoked, WorkerConfig
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.config.watch import Changes, Files, compare
+from gollama_proxy.config.watch import Changes, Files, compare_configs
 from gollama_proxy.control.admin import Admin, UsageApi
 from gollama_proxy.control.agents import AgentApi
 from gollama_proxy.control.events import Events
@@ -344,7 +344,7 @@ class Hub(Listener):
                 hub would be open to all.  Nothing has changed then.
         """
         async with self.changing:
-            changes, config = compare(
+            changes, config = compare_configs(
                 replace(self.config, workers=self._declared()), config
             )
             check_exposure(config)

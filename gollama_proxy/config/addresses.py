@@ -80,7 +80,7 @@ def parse_url(where: str, url: str) -> Origin:
         raise wrong("port 0 cannot be connected to")
     if why := why_refused(host):
         raise wrong(f"the host {why}")
-    if (address := parse(host)) is not None and not is_plain(host):
+    if (address := parse(host)) is not None and not is_plain_host(host):
         raise wrong(f"the host must be written {address}")
     if parts.scheme.startswith("dns+"):
         if address is not None:
@@ -150,7 +150,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" if address is None else address.is_loopback
 
 
-def is_plain(host: str) -> bool:
+def is_plain_host(host: str) -> bool:
     """Return whether a host is an address in the spelling that all programs share."""
     try:
         ipaddress.ip_address(host)

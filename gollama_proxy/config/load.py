@@ -48,7 +48,7 @@ from gollama_proxy.config.values import (
     Mistakes,
     convert,
     cut,
-    describe,
+    describe_hint,
     host_and_port,
     is_secret,
     shown,
@@ -191,7 +191,7 @@ def _convert(source: str, value: Any, hint: Any) -> Any:
         return convert(hint, value)
     except ValueError:
         given = "" if is_secret(hint) else f" = {shown(value)}"
-        raise ConfigError(f"{source}{given}: must be {describe(hint)}") from None
+        raise ConfigError(f"{source}{given}: must be {describe_hint(hint)}") from None
 
 
 def _reject_unknown(prefix: str, table: Mapping[str, Any], known: list[str]) -> None:

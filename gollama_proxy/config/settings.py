@@ -30,7 +30,7 @@ from gollama_proxy.config.values import (
     StoreUrl,
     Table,
     Text,
-    describe,
+    describe_hint,
     number,
     one_of,
     other,
@@ -600,7 +600,7 @@ class Row(NamedTuple):
 
     @property
     def allowed(self) -> str:
-        return describe(self.hint)
+        return describe_hint(self.hint)
 
     @property
     def help(self) -> str:

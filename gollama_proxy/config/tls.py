@@ -265,7 +265,7 @@ def _maker(worker: WorkerConfig) -> Callable[[], ssl.SSLContext]:
 # --- What went wrong --------------------------------------------------------------
 
 
-def explain(error: BaseException) -> str:
+def explain_tls(error: BaseException) -> str:
     """Return in a few words why a handshake failed; "" if TLS was not the reason.
 
     OpenSSL's own text has error numbers and lines of C source.

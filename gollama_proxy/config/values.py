@@ -347,7 +347,7 @@ Processes = Annotated[
 # --- Use --------------------------------------------------------------------------
 
 
-def describe(hint: Any) -> str:
+def describe_hint(hint: Any) -> str:
     """Return the allowed values of a declared type."""
     return str(_extra(hint).get("allowed", "true or false"))
 

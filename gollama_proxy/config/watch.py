@@ -314,7 +314,7 @@ HIDDEN = "hidden"
 _SECRET = {"auth.secrets": "secrets", "auth.public_keys": "public_keys"}
 
 
-def compare(old: Config, new: Config) -> tuple[Changes, Config]:
+def compare_configs(old: Config, new: Config) -> tuple[Changes, Config]:
     """Return what differs, and `new` as far as it takes effect without a restart."""
     had, has = bool(old.server.tls_certificate), bool(new.server.tls_certificate)
     fixed = FIXED if had == has else FIXED | TLS_KEYS

@@ -28,7 +28,7 @@ from gollama_proxy.control.replies import (
     CallHandler,
     answer,
     check_local,
-    decode,
+    decode_body,
 )
 from gollama_proxy.control.views import ExplainRequest, Views, explain
 from gollama_proxy.control.workers import Workers
@@ -200,7 +200,7 @@ class Admin:
         return await compress(await _encode(history | gathered.note), call.request)
 
     async def _explain(self, call: AdminCall) -> Response:
-        question = decode(await call.receive(), ExplainRequest)
+        question = decode_body(await call.receive(), ExplainRequest)
         hub, subject = self._hub, call.x.subject
         shown = await explain(question, hub, call.request, subject)
         if hub.peers is not None:

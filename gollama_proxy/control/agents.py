@@ -47,7 +47,7 @@ from gollama_proxy.config.load import load_worker
 from gollama_proxy.config.settings import Origin, WorkerConfig
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.control import Parts
-from gollama_proxy.control.replies import check_local, decode, receive
+from gollama_proxy.control.replies import check_local, decode_body, receive
 from gollama_proxy.edge.auth import Principal
 from gollama_proxy.edge.response import Response
 from gollama_proxy.edge.router import Routes, name_in
@@ -139,12 +139,12 @@ class AgentApi:
 
     async def _put(self, request: web.BaseRequest, record: Record) -> Response:
         name, agent, secret = self._admit(request, record)
-        body = decode(await receive(request, BODY_TIMEOUT, MAX_BODY), Registration)
+        body = decode_body(await receive(request, BODY_TIMEOUT, MAX_BODY), Registration)
         report = msgspec.to_builtins(body.report)
         peer, status, found = _unmapped(request.remote or ""), 200, None
         lease = self._hub.agents.find(name)
         if lease is not None and lease.is_of(agent) and lease.table == body.worker:
-            if addresses.is_plain(lease.worker.origin.host):
+            if addresses.is_plain_host(lease.worker.origin.host):
                 self._hub.agents.check_address(lease.worker.origin.host, peer)
             found = self._hub.registry.get(name)
         else:
@@ -243,7 +243,7 @@ class AgentApi:
         """
         origin = worker.origin
         found = [origin.host]
-        if not addresses.is_plain(origin.host):
+        if not addresses.is_plain_host(origin.host):
             try:
                 async with asyncio.timeout(PROOF_TIMEOUT):
                     found = await names.resolve(origin.host, origin.port)

@@ -158,7 +158,7 @@ class AdminClient:
 # --- Address and token ------------------------------------------------------------
 
 
-def connect(
+def make_client(
     hub: str | None,
     token: str | None,
     token_file: str | None,
@@ -269,14 +269,14 @@ def trust(ca_file: str) -> ssl.SSLContext:
 def _reason_of(error: Exception) -> str:
     from http.client import RemoteDisconnected
 
-    from gollama_proxy.config.tls import explain
+    from gollama_proxy.config.tls import explain_tls
 
     if isinstance(error, RemoteDisconnected):
         return "it closed the connection"
     if isinstance(error, TimeoutError):
         return f"no answer within {PATIENCE:g} s"
     if isinstance(error, OSError):
-        return explain(error) or (error.strerror or str(error)).lower()
+        return explain_tls(error) or (error.strerror or str(error)).lower()
     return "the answer is not HTTP"
 
 

@@ -123,7 +123,7 @@ def _worker_row(worker: Json) -> Sequence[object]:
         span(worker["since"]),
         running_of(worker),
         "" if speed is None else f"{speed:.1f}",
-        ", ".join(map(model_of, worker["models"])),
+        ", ".join(map(describe_model, worker["models"])),
         reason_for(worker),
     )
 
@@ -142,7 +142,7 @@ def running_of(worker: Json) -> str:
     return f"{worker['running']}/{'?' if slots is None else slots}"
 
 
-def model_of(model: Json) -> str:
+def describe_model(model: Json) -> str:
     progress = model["progress"]
     name = str(model["name"])
     return name if progress is None else f"{name} (loading {100 * progress:.0f}%)"
@@ -356,7 +356,7 @@ class Overview:
             state_of(worker),
             running_of(worker),
             "" if rate is None else f"{rate:.0f}",
-            ", ".join(map(model_of, worker["models"])),
+            ", ".join(map(describe_model, worker["models"])),
             reason_for(worker),
         )
 

@@ -24,7 +24,7 @@ import msgspec
 
 from gollama_proxy import __version__
 from gollama_proxy.control import Parts
-from gollama_proxy.control.replies import answer, check_local, decode, receive
+from gollama_proxy.control.replies import answer, check_local, decode_body, receive
 from gollama_proxy.edge.auth import AuthError
 from gollama_proxy.edge.response import JSON, Response
 from gollama_proxy.edge.router import Routes, name_in
@@ -159,7 +159,7 @@ class Dashboard:
             RequestError: 400, 401, 408, 413 or 415.
         """
         timeout = self._hub.config.timeouts.body
-        given = decode(await receive(request, timeout, MOST_BODY), _SignIn)
+        given = decode_body(await receive(request, timeout, MOST_BODY), _SignIn)
         token = await self._hub.links.redeem(given.code)
         try:
             if token is None:

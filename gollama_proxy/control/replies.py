@@ -71,7 +71,7 @@ class AdminCall(NamedTuple):
         Raises:
             RequestError: 400, 408, 413 or 415.
         """
-        value = decode(await self.receive(), object)
+        value = decode_body(await self.receive(), object)
         if not isinstance(value, dict):
             text = "The request body must be a JSON object."
             raise RequestError(Code.INVALID_JSON, text)
@@ -184,7 +184,7 @@ async def receive(request: BaseRequest, timeout: float, most: int = MOST_BODY) -
 def _check_fields(body: bytes) -> None:
     """Check that no object in a body has two fields of one name: only one would count.
 
-    Anything that is not JSON passes; `decode` refuses it.
+    Anything that is not JSON passes; `decode_body` refuses it.
     """
     with contextlib.suppress(ValueError, RecursionError):
         # A number of thousands of digits stays text.
@@ -200,7 +200,7 @@ def _refuse_repetition(pairs: list[tuple[str, Any]]) -> None:
         seen.add(name)
 
 
-def decode(body: bytes, kind: type[_T]) -> _T:
+def decode_body(body: bytes, kind: type[_T]) -> _T:
     """Read a JSON object of a declared kind.
 
     Raises:

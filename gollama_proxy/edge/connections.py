@@ -27,7 +27,7 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, cast
 
 from gollama_proxy.config.settings import COUNTS, COUNTS_ROW, Limits, Process
-from gollama_proxy.config.tls import Credentials, explain
+from gollama_proxy.config.tls import Credentials, explain_tls
 from gollama_proxy.telemetry.logs import Throttle
 
 logger = logging.getLogger(__name__)
@@ -291,7 +291,7 @@ class TlsConnection(asyncio.BufferedProtocol):
 
     def _fail(self, error: Exception | None) -> None:
         if error is not None:
-            why = explain(error) or "the client left, or took too long"
+            why = explain_tls(error) or "the client left, or took too long"
             self._options.connections.refuse("handshake", why)
         self._leave()
 

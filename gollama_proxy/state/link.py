@@ -110,7 +110,7 @@ class Link:
             for connection in (self._commands, self._messages):
                 await connection.connect()
         except Exception as exc:
-            raise explain(exc) from None
+            raise explain_store(exc) from None
         self._readers = [
             spawn(self._read_answers(), "answers of the store"),
             spawn(self._read_messages(), "messages of the store"),
@@ -118,7 +118,7 @@ class Link:
         commands = ("HELLO",), ("INFO", "memory")
         about, memory = await self.ask(commands, CONNECT)
         if isinstance(about, Exception):
-            error = explain(about)
+            error = explain_store(about)
             if "unknown command" in str(error):
                 error = StoreError(f"it is too old: must be {_KNOWN}, or newer")
             raise error
@@ -184,7 +184,7 @@ class Link:
             # It writes at once, and waits only if too much is unsent.
             await self._commands.send_packed_command(pieces, check_health=False)
         except Exception as exc:
-            self.end(explain(exc))
+            self.end(explain_store(exc))
         last = futures[-1]
         due = loop.time() + within
         await asyncio.wait([last], timeout=within)
@@ -209,7 +209,7 @@ class Link:
             except ResponseError as exc:
                 answer = exc  # of one command
             except (ValkeyError, OSError) as exc:
-                self.end(explain(exc))
+                self.end(explain_store(exc))
                 return
             if self._error is not None:  # it came as the connection was given up
                 return
@@ -254,13 +254,13 @@ class Link:
         try:
             await self._messages.send_command("SUBSCRIBE", *fresh, check_health=False)
         except Exception as exc:
-            self.end(explain(exc))
+            self.end(explain_store(exc))
         await asyncio.wait(fresh.values(), timeout=CONNECT)
         for future in fresh.values():
             if not future.done() or future.cancelled():
                 raise self._why_closed()
             if isinstance(refusal := future.result(), Exception):
-                raise explain(refusal)
+                raise explain_store(refusal)
 
     def ping(self) -> None:
         """Check the connection for messages, by whether it has answered the last time.
@@ -290,7 +290,7 @@ class Link:
                 self._subscribing.clear()
                 continue
             except (ValkeyError, OSError) as exc:
-                self.end(explain(exc))
+                self.end(explain_store(exc))
                 return
             match message:
                 case [b"message", channel, data]:
@@ -382,7 +382,7 @@ _FOR_NOW = {
 }
 
 
-def explain(exc: BaseException) -> StoreError:
+def explain_store(exc: BaseException) -> StoreError:
     """Return what an exception of the client library means, on one line."""
     from valkey import exceptions
 
@@ -439,7 +439,7 @@ _BROKEN = {_CLOSED, *map(os.strerror, (errno.ECONNRESET, errno.EPIPE))}
 
 def _explain_failure(exc: BaseException) -> StoreError:
     """Return what a failure of the network means."""
-    if text := tls.explain(exc):
+    if text := tls.explain_tls(exc):
         return UnusableError(text)
     if isinstance(exc, PermissionError):
         return UnusableError("this user may not open its socket")

@@ -59,7 +59,7 @@ from gollama_proxy.state.link import (
     StoreDownError,
     StoreError,
     UnusableError,
-    explain,
+    explain_store,
 )
 from gollama_proxy.tasks import Periodic
 
@@ -435,7 +435,7 @@ class Store:
         self.observe(link.latency)
         for answer in answers:
             if isinstance(answer, Exception):
-                error = explain(answer)
+                error = explain_store(answer)
                 if isinstance(error, StoreDownError | UnusableError):
                     link.end(error)
                 raise error

@@ -22,7 +22,7 @@ from typing import NoReturn, Protocol, cast
 
 import httptools
 
-from gollama_proxy.config.tls import explain
+from gollama_proxy.config.tls import explain_tls
 
 # Bytes of an answer's head that are accepted; llama-server's has 250.
 MAX_HEAD = 64 << 10
@@ -368,7 +368,7 @@ class Connection(asyncio.Protocol):
         if exc is None:
             self._lose("connection closed by the worker")
         else:
-            self._lose(explain(exc) or str(exc) or type(exc).__name__)
+            self._lose(explain_tls(exc) or str(exc) or type(exc).__name__)
 
     def pause_writing(self) -> None:
         self._writing_paused = True

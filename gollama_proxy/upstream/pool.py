@@ -33,7 +33,7 @@ from collections.abc import Callable, Sequence
 
 from gollama_proxy.config import addresses
 from gollama_proxy.config.settings import Config, WorkerConfig
-from gollama_proxy.config.tls import Credentials, explain
+from gollama_proxy.config.tls import Credentials, explain_tls
 from gollama_proxy.tasks import held_up
 from gollama_proxy.upstream.connection import Connection, ConnectionState
 from gollama_proxy.upstream.names import resolve
@@ -72,7 +72,7 @@ class Target:
         self._addresses: list[str] = []
         self._valid_until = -math.inf
         fixed = worker.origin.address or worker.origin.host
-        if addresses.is_plain(fixed):
+        if addresses.is_plain_host(fixed):
             # It was checked when the configuration was loaded, or when it was found.
             self._addresses, self._valid_until = [fixed], math.inf
 
@@ -310,7 +310,7 @@ class ConnectionPool:
         return WorkerError(Code.WORKER_TIMEOUT, text)
 
     def _unreachable(self, error: OSError) -> WorkerError:
-        why = explain(error)
+        why = explain_tls(error)
         text = f"Worker {self.worker.name} cannot be reached{why and ': '}{why}."
         return WorkerError(Code.WORKER_UNREACHABLE, text, detail=why or str(error))
 

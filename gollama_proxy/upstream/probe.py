@@ -33,7 +33,7 @@ import msgspec
 
 from gollama_proxy import __version__
 from gollama_proxy.config.settings import Health, WorkerConfig
-from gollama_proxy.config.tls import explain, for_workers
+from gollama_proxy.config.tls import explain_tls, for_workers
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import Target, connect
 from gollama_proxy.wire.bodies import CodingError, Unpacker, coding_of
@@ -317,7 +317,7 @@ async def fetch(
 
 
 def _why_unreachable(error: OSError) -> str:
-    if why := explain(error):  # whose number is one of OpenSSL's
+    if why := explain_tls(error):  # whose number is one of OpenSSL's
         return why
     if error.errno is not None and error.errno > 0:
         return os.strerror(error.errno).lower()

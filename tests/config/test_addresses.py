@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gollama_proxy.config.addresses import (
     is_loopback,
-    is_plain,
+    is_plain_host,
     parse,
     why_address_refused,
     why_refused,
@@ -132,9 +132,9 @@ def test_an_address_inside_an_ipv6_address_is_treated_alike(
     assert why_address_refused(mapped) == why_address_refused(translated) == why
     for spelling in (str(int(address)), hex(int(address)), f"0{int(address):o}"):
         assert parse(spelling) == address
-        assert not is_plain(spelling)
+        assert not is_plain_host(spelling)
         assert why_refused(spelling) == why
-    assert is_plain(str(address))
+    assert is_plain_host(str(address))
 
 
 @given(st.text(max_size=30))

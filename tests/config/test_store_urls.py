@@ -8,7 +8,7 @@ from gollama_proxy.config.addresses import StoreAddress, parse_store_url
 from gollama_proxy.config.load import load
 from gollama_proxy.config.settings import Config
 from gollama_proxy.config.values import ConfigError, SecretUrl
-from gollama_proxy.config.watch import compare
+from gollama_proxy.config.watch import compare_configs
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_password_is_hidden() -> None:
     config = load(environ={"GOLLAMA_STATE_URL": "redis://me:hunter2@a/1"})
     assert config.state.url == "redis://me:hunter2@a/1"
     assert "hunter2" not in repr(config) + str(config)
-    changes, _ = compare(Config(), config)
+    changes, _ = compare_configs(Config(), config)
     assert "state.url '' -> 'redis://...@a/1'" in str(changes)
     assert "hunter2" not in repr(changes) + str(changes)
     url = SecretUrl("redis://me:hunter2@a")

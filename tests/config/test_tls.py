@@ -291,13 +291,13 @@ def test_without_a_certificate_there_is_no_tls() -> None:
 
 
 def test_only_tls_errors_are_explained() -> None:
-    assert tls.explain(ConnectionResetError("reset")) == ""
+    assert tls.explain_tls(ConnectionResetError("reset")) == ""
 
 
 def test_an_error_raised_in_python() -> None:
-    assert tls.explain(ssl.SSLError(1, "Odd")) == "TLS: odd"
+    assert tls.explain_tls(ssl.SSLError(1, "Odd")) == "TLS: odd"
     error = ssl.SSLCertVerificationError(1, "wrong name.")
-    assert tls.explain(error) == "TLS: certificate not accepted: wrong name"
+    assert tls.explain_tls(error) == "TLS: certificate not accepted: wrong name"
 
 
 def test_when_the_first_certificate_expires_is_known(authority: Authority) -> None:

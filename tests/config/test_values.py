@@ -17,7 +17,7 @@ from gollama_proxy.config.values import (
     Table,
     Text,
     convert,
-    describe,
+    describe_hint,
     is_plain,
     number,
     one_of,
@@ -207,7 +207,7 @@ def test_a_value_is_refused() -> None:
     ],
 )
 def test_allowed_values_are_described(hint: Any, allowed: str) -> None:
-    assert describe(hint) == allowed
+    assert describe_hint(hint) == allowed
 
 
 def fail(*texts: str) -> None:

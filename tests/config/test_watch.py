@@ -20,7 +20,7 @@ from gollama_proxy.config.settings import (
     State,
     WorkerConfig,
 )
-from gollama_proxy.config.watch import SettingsFile, Watcher, compare
+from gollama_proxy.config.watch import SettingsFile, Watcher, compare_configs
 from tests.fakes.waiting import until
 
 
@@ -184,7 +184,7 @@ def test_the_difference_of_two_configurations_is_in_one_line() -> None:
         secrets=(b"canary",),
         workers=(worker(1), worker(2, weight=2.0), worker(4)),
     )
-    changes, merged = compare(old, new)
+    changes, merged = compare_configs(old, new)
     assert str(changes) == (
         "server.drain 30.0 -> 1.0, queue.size 256 -> 7, queue.timeout 300.0 -> 1.0, "
         "auth.secrets has changed; workers added: w4; workers replaced: w2; "
@@ -193,26 +193,26 @@ def test_the_difference_of_two_configurations_is_in_one_line() -> None:
     )
     assert merged == replace(new, server=Server(drain=1.0), state=State())
     assert "canary" not in repr(changes)
-    assert str(compare(merged, merged)[0]) == "nothing has changed"
+    assert str(compare_configs(merged, merged)[0]) == "nothing has changed"
 
 
 def test_tls_for_clients_is_renewed_at_once_and_turned_on_by_a_restart() -> None:
     old, new = Server(), Server(tls_certificate="a.pem", tls_key="b.pem")
-    changes, merged = compare(Config(server=old), Config(server=new))
+    changes, merged = compare_configs(Config(server=old), Config(server=new))
     assert [change.key for change in changes.restart] == [
         "server.tls_certificate",
         "server.tls_key",
     ]
     assert (changes.settings, merged.server) == ((), old)
     other = Server(tls_certificate="c.pem")
-    changes, merged = compare(Config(server=new), Config(server=other))
+    changes, merged = compare_configs(Config(server=new), Config(server=other))
     assert (changes.restart, merged.server) == ((), other)
 
 
 def test_a_worker_with_another_name_or_address_is_replaced() -> None:
     old = Config(workers=(worker(1), worker(2)))
     new = Config(workers=(worker(1, "new"), worker(9, "w2"), worker(3)))
-    changes, _ = compare(old, new)
+    changes, _ = compare_configs(old, new)
     assert (changes.added, changes.replaced) == (("w3",), ("new", "w2"))
     assert changes.removed == ()
 

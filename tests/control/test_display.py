@@ -9,8 +9,8 @@ from rich.console import Console, Group
 
 from gollama_proxy.control.display import (
     Overview,
+    describe_model,
     hubs_of,
-    model_of,
     span,
     workers_table,
 )
@@ -146,8 +146,8 @@ def test_a_time_has_the_unit_that_fits(seconds: float | None, text: str) -> None
 
 
 def test_a_model_shows_how_far_it_is_loaded() -> None:
-    assert model_of({"name": "qwen", "progress": 0.434}) == "qwen (loading 43%)"
-    assert model_of({"name": "qwen", "progress": None}) == "qwen"
+    assert describe_model({"name": "qwen", "progress": 0.434}) == "qwen (loading 43%)"
+    assert describe_model({"name": "qwen", "progress": None}) == "qwen"
 
 
 def test_it_shows_what_it_is() -> None:

@@ -28,7 +28,7 @@ from gollama_proxy.config.settings import (
     WORKER_KEYS,
     settings,
 )
-from gollama_proxy.config.values import describe
+from gollama_proxy.config.values import describe_hint
 from gollama_proxy.fleet import breaker
 from gollama_proxy.fleet import state as worker
 from gollama_proxy.fleet.lease import Result
@@ -67,7 +67,7 @@ def parts() -> dict[str, str]:
         "worker-keys": _table(
             ("key", "what it is; what is allowed"),
             (
-                (f"`{key}`", f"{hint.__metadata__[-1]}; {describe(hint)}")
+                (f"`{key}`", f"{hint.__metadata__[-1]}; {describe_hint(hint)}")
                 for key, hint in WORKER_KEYS.items()
             ),
         ),
