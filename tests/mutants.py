@@ -75,12 +75,7 @@ MODULES: dict[str, list[str]] = {
         "behaviour/test_retries.py",
         "behaviour/test_steps.py",
     ],
-    "proxy/state": [
-        "proxy/test_exchange.py",
-        "behaviour/test_cancellation.py",
-        "behaviour/test_drain.py",
-        "behaviour/test_steps.py",
-    ],
+    "proxy/state": [],
     "scheduling/admission": [],
     "scheduling/balancer": [
         "scheduling/test_affinity*.py",

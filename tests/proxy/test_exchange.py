@@ -1,9 +1,8 @@
-"""The states of a request, and the limits that are checked once a second."""
+"""The limits of requests, which are checked once a second or by timers."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
@@ -14,13 +13,11 @@ from gollama_proxy.config.settings import Config, Timeouts
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.attempt import SUSPICIOUS
 from gollama_proxy.proxy.exchange import Proxy
-from gollama_proxy.proxy.state import TRANSITIONS, Exchange, State
-from gollama_proxy.telemetry.accesslog import Outcome
+from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.wire.description import Check
-from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.errors import Code
 from tests.fakes import requests
 from tests.fakes.asks import CHAT
-from tests.fakes.cases import case
 from tests.fakes.client import request_head
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
@@ -31,44 +28,9 @@ from tests.fakes.worker import ScriptedWorker
 
 ASK = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 
-# --- States -----------------------------------------------------------------------
-
 
 def request() -> Exchange:
     return Exchange(requests.request("POST", "/"), 0.0)
-
-
-def test_a_state_follows_another_as_the_table_has_it() -> None:
-    for one, other in [*itertools.product(State, State)]:
-        with case((one, other)):
-            x = request()
-            x.state = one
-            if other in TRANSITIONS[one]:
-                x.enter(other)
-                assert x.state is other
-            else:
-                with pytest.raises(RuntimeError, match=f"cannot become {other.name}"):
-                    x.enter(other)
-
-
-def test_every_state_is_reached_and_all_but_the_last_may_end() -> None:
-    reached = set(itertools.chain(*TRANSITIONS.values()))
-    assert reached | {State.READING} == set(State) == set(TRANSITIONS)
-    ends = {state for state, after in TRANSITIONS.items() if State.ENDED in after}
-    assert ends == set(State) - {State.ENDED}
-    assert repr(request()) == "<Exchange  READING attempts=0>"
-
-
-def test_the_first_outcome_is_the_only_one() -> None:
-    x = request()
-    x.fail(RequestError(Code.BAD_REQUEST, "no", detail="why"))
-    assert (x.state, x.outcome) == (State.ENDED, Outcome.ERROR)
-    x.end(Outcome.CLIENT_GONE, "client_stalled")
-    assert (x.outcome, x.error, x.detail) == (Outcome.ERROR, Code.BAD_REQUEST, "why")
-    y = request()
-    y.end(Outcome.COMPLETE)
-    y.fail(RequestError(Code.BAD_REQUEST, "no"))
-    assert (y.outcome, y.error, y.detail) == (Outcome.COMPLETE, "", "")
 
 
 # --- Once a second ----------------------------------------------------------------
