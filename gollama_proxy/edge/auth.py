@@ -364,7 +364,6 @@ def _check_key(config: Config, key: bytes | str) -> None:
 def _is_key(algorithm: str, key: bytes | str) -> bool:
     """Return whether a key is of an algorithm; a reload asks in a thread first."""
     _import_pyjwt(algorithm)
-    _import_pyjwt(algorithm)
     import jwt
 
     try:

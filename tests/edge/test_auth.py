@@ -24,6 +24,7 @@ from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.auth import (
     ANONYMOUS,
     MAX_TOKEN,
+    SUSPENDED,
     Authenticator,
     AuthError,
     Principal,
@@ -31,7 +32,7 @@ from gollama_proxy.edge.auth import (
 )
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
-from gollama_proxy.wire.errors import Code, RequestError
+from gollama_proxy.wire.errors import Code, HubError, RequestError
 from tests.fakes import requests, tokens
 from tests.fakes.cases import case
 from tests.fakes.clock import Clock
@@ -1159,6 +1160,42 @@ def test_an_api_key_is_remembered_and_revoked_as_the_same_token(
         who.authenticate([], [token])
 
 
+def test_the_token_of_a_request_is_found_without_being_checked() -> None:
+    who = authenticator()
+    for headers in ({"Authorization": "Bearer a.b.c"}, {"X-Api-Key": "a.b.c"}):
+        assert who.token_in(requests.request(headers=headers)) == "a.b.c"
+    differing = {"Authorization": "Bearer a.b.c", "X-Api-Key": "other"}
+    for headers in (differing, {}):
+        with pytest.raises(AuthError):
+            who.token_in(requests.request(headers=headers))
+    assert authenticator(mode="off").token_in(requests.request()) == ""
+
+
+def test_no_token_is_accepted_while_revocations_may_be_missed(
+    verifications: list[str],
+) -> None:
+    who, token = authenticator(), signed()
+    who.authenticate(bearer(token))
+    who.suspend()
+    with pytest.raises(HubError) as caught:
+        who.authenticate(bearer(token))
+    error = caught.value
+    assert (error.code, error.retry_after) == (Code.STORE_DOWN, SUSPENDED)
+    assert error.message.startswith("This hub has not reached the store")
+    with pytest.raises(AuthError):  # as ever
+        who.authenticate([])
+    who.resume()
+    assert who.authenticate(bearer(token)).subject == "alice"
+    assert len(verifications) == 2
+
+
+def test_a_hub_without_authentication_is_not_suspended() -> None:
+    who = authenticator(mode="off")
+    who.suspend()
+    assert not who.suspended
+    assert who.authenticate([]) is ANONYMOUS
+
+
 async def test_an_api_key_opens_every_route_and_reaches_no_worker() -> None:
     body = {"max_tokens": 5, "messages": [{"role": "user", "content": "hello"}]}
     async with ScriptedWorker() as worker, running_hub(worker) as hub:
@@ -1181,6 +1218,8 @@ from gollama_proxy.edge.auth import Authenticator, mint
 
 secret = "s" * 32
 hub = Authenticator(Config(secrets=(secret.encode(),)))
+assert not hub.preloaded
+assert Authenticator(Config(auth=Auth(mode="off"))).preloaded
 hub.preload()
 assert hub.preloaded
 token = mint(secret, "HS256", "alice", 60)
@@ -1190,6 +1229,7 @@ assert "cryptography" not in sys.modules
 public, private = {key_pair("ES256").public!r}, {key_pair("ES256").private!r}
 auth = Auth(algorithm="ES256", public_key_file="key.pem")
 hub.reconfigure(Config(auth=auth, public_keys=(public,)))
+assert hub.preloaded  # by the check of the key
 token = mint(private, "ES256", "bob", 60)
 assert hub.authenticate(["Bearer " + token]).subject == "bob"
 hub.reconfigure(Config(secrets=(secret.encode(),)))
