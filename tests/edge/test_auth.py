@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jwt
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Auth, Config, Revoked
 from gollama_proxy.config.values import ConfigError
+from gollama_proxy.edge import auth
 from gollama_proxy.edge.auth import (
     ANONYMOUS,
     MAX_TOKEN,
@@ -1207,6 +1209,77 @@ async def test_an_api_key_opens_every_route_and_reaches_no_worker() -> None:
         other = [("x-api-key", hub.token("bob"))]
         assert (await hub.post("/v1/messages", body, headers=other)).status == 401
         assert not any(token.encode() in request.head for request in worker.requests)
+
+
+class Modules:
+    """Modules that are loaded, in the place of `sys` and `importlib`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.modules: dict[str, Any] = {name: object() for name in names}
+        self.imported: list[tuple[str, bool]] = []  # with cryptography kept out?
+        self.error: Exception | None = None
+        monkeypatch.setattr(auth, "sys", self)
+        monkeypatch.setattr(auth, "importlib", self)
+
+    def load_jwt(self, *, crypto: bool) -> None:
+        algorithms = SimpleNamespace(has_crypto=crypto)
+        self.modules["jwt"] = SimpleNamespace(algorithms=algorithms)
+        self.modules["jwt.algorithms"] = algorithms
+
+    def import_module(self, name: str) -> None:
+        kept_out = self.modules.get("cryptography", self) is None
+        self.imported.append((name, kept_out))
+        if self.error is not None:
+            raise self.error
+
+
+def test_cryptography_is_kept_out_while_pyjwt_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = Modules(monkeypatch)
+    auth._import_pyjwt("HS256")
+    assert loaded.imported == [("jwt", True)]
+    loaded.error = ImportError("jwt")
+    with pytest.raises(ImportError):
+        auth._import_pyjwt("HS256")
+    assert not loaded.modules, "it can be imported by others"
+
+
+def test_what_is_loaded_is_kept_for_hs256(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Modules(monkeypatch, "cryptography")
+    auth._import_pyjwt("HS256")
+    assert not loaded.imported
+    loaded = Modules(monkeypatch)
+    loaded.load_jwt(crypto=False)
+    auth._import_pyjwt("HS256")
+    assert not loaded.imported
+    assert "jwt" in loaded.modules
+
+
+def test_pyjwt_is_imported_anew_once_cryptography_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = Modules(monkeypatch, "jwtx", "json")
+    auth._import_pyjwt("ES256")
+    for crypto, left in (
+        (True, {"jwt", "jwt.algorithms", "jwtx", "json"}),
+        (False, {"jwtx", "json"}),
+    ):
+        loaded.load_jwt(crypto=crypto)
+        auth._import_pyjwt("ES256")
+        assert set(loaded.modules) == left
+    assert not loaded.imported
+
+
+def test_pyjwt_is_there_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Modules(monkeypatch)
+    key = key_pair("ES256").public
+    loads = [authenticator(), authenticator_of("ES256", key)]
+    found = [each.preloaded for each in loads]
+    for crypto in (False, True):
+        loaded.load_jwt(crypto=crypto)
+        found += [each.preloaded for each in loads]
+    assert found == [False, False, True, False, True, True]
 
 
 def test_cryptography_is_imported_only_for_an_algorithm_that_needs_it() -> None:
