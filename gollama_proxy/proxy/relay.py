@@ -49,6 +49,7 @@ class Relay:
     """Receives one answer and passes it on."""
 
     __slots__ = (
+        "_begun",
         "_blocked",
         "_buffered",
         "_chunked",
@@ -63,11 +64,11 @@ class Relay:
         "_kept",
         "_lease",
         "_progress_at",
-        "_reports",
         "_seen",
         "_tally",
         "_transcript",
         "_wakeup",
+        "_watches",
         "_write",
         "body_received",
         "bytes",
@@ -110,7 +111,8 @@ class Relay:
         self._gatherer: sse.Gatherer | None = None
         self._transcript = _NOTHING
         self._kept = 0  # bytes that may be kept in the transcript
-        self._reports = True  # the client gets the error in which a server fails
+        self._watches = False  # for the error in which a server fails
+        self._begun = b""  # an event that may become this error
         self._tally: Tally | None = None  # of choices, where there are several
         self._chunked = False
         self._write: Callable[[bytes], None] = _ignore
@@ -225,14 +227,13 @@ class Relay:
         self._write = client.write
         self._buffered = client.buffered
         self._kept = keep
-        self._reports = reports
+        # llama-server sends errors that lie in the answer: another one would send them,
+        # too.  Other servers send them when a process of theirs has died.
+        self._watches = not (reports or self._lease.worker.is_llama_server)
         self._transcript = Transcript(self._ending, keep)
-        self.body_received = self._forward
-        self.chunk_received = self._forward_chunk
         if tally is not None and self._has_mark:
             self._tally = tally
-            self.body_received = self._count
-            self.chunk_received = self._count_chunk
+        self._pass_on()
         # Not needed any more, in what may last for minutes.
         self.headers, self._gatherer = (), None
         held, self._held = self._held, _NO_PIECES
@@ -423,8 +424,7 @@ class Relay:
                 if len(kept.words) == MOST_WORDS:
                     kept.fold()
         else:
-            failed = not self._reports and b'"error"' in chunk
-            if failed and self._note_failure(chunk[start:-2]):
+            if self._watches and self._withholds(chunk[start:-2]):
                 return
             kept.add(chunk)
         try:
@@ -434,32 +434,54 @@ class Relay:
         if buffered() > WRITE_BUFFER:
             self._block()
 
-    def _note_failure(self, data: bytes) -> bool:
-        """Return whether events report that a server has failed; this ends them.
+    def _withholds(self, data: bytes) -> bool:
+        """Keep the error of a server that has failed; return whether there is one.
 
-        llama-server sends errors that lie in the answer: another one would send them,
-        too.  Other servers send them when a process of theirs has died.  Proxies in
-        front of a server join events, so that tokens may come before.
+        It ends the answer.  An event that may become one is kept until it is complete,
+        as servers and proxies split events; they also join them, so that tokens may
+        come before.
         """
-        if self._lease.worker.is_llama_server:
-            return False
+        if data.endswith(b"\n\n") and b'"error"' not in data:
+            return False  # nearly always
         at = data.rfind(b'"error"')
-        begin = max((found.end() for found in _BLANK.finditer(data, 0, at)), default=0)
-        before, event = data[:begin], data[begin:]
-        found = map(sse.error_in, sse.events_in(event))
-        error = next((each for each in found if each is not None), None)
-        if error is None or (isinstance(error.code, int) and error.code < 500):
+        begin = _after_blank(data, at if at >= 0 else len(data))
+        error = next(filter(None, map(sse.error_in, sse.events_in(data[begin:]))), None)
+        if error is None:
+            begin = _after_blank(data, len(data))
+            if not sse.may_become_error(data[begin:]):
+                return False
+            self._begun = data[begin:]
+        elif isinstance(error.code, int) and error.code < 500:
             return False
         self.events -= 1
         self.bytes -= len(data)
         if begin:
-            self._forward(before)
+            self._forward(data[:begin])
+        if error is None:
+            self.body_received, self.chunk_received = self._join, self._join_chunk
+            return True
         text = f"Worker {self._lease.worker.name} ended the answer with an error"
         if error.message:
             text += f": {error.message[:MOST_MESSAGE]}"
         self.fail(WorkerError(Code.WORKER_INCOMPLETE, text, detail="it sent an error"))
         self.body_received = self.chunk_received = _ignore
         return True
+
+    def _pass_on(self) -> None:
+        self.body_received, self.chunk_received = self._forward, self._forward_chunk
+        if self._tally is not None:
+            self.body_received, self.chunk_received = self._count, self._count_chunk
+
+    def _join(self, data: bytes) -> None:
+        """Take what follows an event that has begun."""
+        if self._tally is not None:
+            self._tally.feed(data)
+        data, self._begun = self._begun + data, b""
+        self._pass_on()
+        self._forward(data)
+
+    def _join_chunk(self, chunk: bytes, start: int) -> None:
+        self._join(chunk[start:-2])
 
     def _count(self, data: bytes) -> None:
         assert self._tally is not None, self
@@ -500,3 +522,8 @@ class Relay:
 
 def _ignore(*body: object) -> None:
     pass
+
+
+def _after_blank(data: bytes, end: int) -> int:
+    """Return where the last event begins that begins before `end`."""
+    return max((found.end() for found in _BLANK.finditer(data, 0, end)), default=0)

@@ -45,6 +45,7 @@ from gollama_proxy.wire.schema import (
     raw_fields,
     response_event,
 )
+from gollama_proxy.wire.sse import error_of_response
 
 # --- Messages ---------------------------------------------------------------------
 
@@ -242,6 +243,8 @@ class ResponseAssembler(Assembler):
         event = response_event.decode(data)
         if event.error is not None:
             fail(event.error)
+        if event.type == "response.failed":
+            fail(error_of_response(event.response))
         if event.type in _LAST and event.response is not None:
             self._size += len(data)
             self._response, self._done = event.response, True
@@ -269,7 +272,7 @@ def _completed(response: dict[str, Raw]) -> dict[str, object]:
     return answer
 
 
-_LAST = frozenset({"response.completed", "response.incomplete", "response.failed"})
+_LAST = frozenset({"response.completed", "response.incomplete"})
 
 
 # --- Requests for a stream --------------------------------------------------------

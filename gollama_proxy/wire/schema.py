@@ -206,6 +206,7 @@ class ErrorEvent(Private):
     type: Any = ""
     message: Any = ""
     code: Any = None
+    response: Any = None  # of Responses, in its last event
 
 
 # --- OpenAI's chats and completions -----------------------------------------------

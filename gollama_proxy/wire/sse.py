@@ -54,6 +54,7 @@ DONE = b"data: [DONE]\n\n"
 CR, LF = b"\r\n"
 # The first letters of its lines: data, event, id, retry, and of a comment.
 BEGINNINGS = (b"d", b"e", b"i", b"r", b":")
+_COLON = ord(":")
 # Headers that keep proxies from buffering or caching a stream (nginx does by default).
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -238,19 +239,29 @@ _PREAMBLE = re.compile(
 )
 
 
-_ERROR_START = re.compile(rb'.{0,63}"(?:error"|message"\s*:\s*")', re.DOTALL)
+# Bytes in front of the key by which an error is known.
+_BEFORE_ERROR = 63
+_ERROR_START = re.compile(
+    rb'.{0,%d}"(?:error"|message"\s*:\s*")' % _BEFORE_ERROR, re.DOTALL
+)
+# Of Responses; its error is a field of the response.
+_FAILED = b'"response.failed"'
+# Codes of such an error that another worker would report, too.
+_FAULT_OF_REQUEST = re.compile("invalid|image")
 
 
 def error_in(data: bytes) -> EventError | None:
     """Read an event that is an error; None when it is anything else."""
     if b'"error"' not in data and b'"message"' not in data:
         return None
-    if _ERROR_START.match(data) is None:
+    if _ERROR_START.match(data) is None and _FAILED not in data:
         return None
     try:
         event = error_event.decode(data)
     except UNREADABLE:
         return None
+    if event.type == "response.failed":
+        return error_of_response(event.response)
     found = event.error
     if isinstance(found, dict):
         fields = (found.get(name) for name in ("message", "type", "code"))
@@ -260,6 +271,35 @@ def error_in(data: bytes) -> EventError | None:
     if event.type == "error" or (event.message and isinstance(event.code, int)):
         return _event_error(event.message, event.type, event.code)
     return None
+
+
+def error_of_response(response: object) -> EventError:
+    """Read why a response failed (Responses API, `response.failed`).
+
+    Its code is a word, which becomes the status that it stands for.
+    """
+    found = response.get("error") if isinstance(response, dict) else None
+    if not isinstance(found, dict):
+        return EventError()
+    error = _event_error(found.get("message"), None, found.get("code"))
+    if error.code == "rate_limit_exceeded":
+        error.type, error.code = "rate_limit_error", 429
+    elif isinstance(error.code, str) and _FAULT_OF_REQUEST.search(error.code):
+        error.type, error.code = "invalid_request_error", 400
+    return error
+
+
+def may_become_error(begun: bytes) -> bool:
+    """Return whether an event of which the beginning has come may be an error.
+
+    One that has ended, and a comment, may not.
+    """
+    if begun[:1] not in BEGINNINGS or begun[0] == _COLON or len(begun) > MOST_ERROR:
+        return False
+    data = data_of(begun) or b""
+    if data[:1] not in (b"", b"{"):
+        return False
+    return len(data) <= _BEFORE_ERROR or _ERROR_START.match(data) is not None
 
 
 def _event_error(message: object, kind: object, code: object) -> EventError:

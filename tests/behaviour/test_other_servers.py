@@ -532,6 +532,37 @@ async def test_an_answer_that_is_only_an_error_costs_nothing(tmp_path: Path) -> 
     assert value(page, "gollama_usage_generated_tokens_total", **used) == 0
 
 
+async def test_a_failure_is_noticed_however_its_event_is_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As servers do that write a line at a time, and proxies at any byte."""
+    kind = KINDS[0]
+    async with (
+        ScriptedWorker(kind.models[0]) as spare,
+        behind(kind, tmp_path, spare) as (server, hub),
+    ):
+        (whole, *rest) = server.breaking()
+        half = len(whole) // 2
+        for parts in (
+            [whole[:8], whole[8:]],
+            [whole[:half], whole[half:]],
+            [whole[:-1], whole[-1:]],
+            [b"event: error\n", whole[:-2], b"\n\n"],
+        ):
+            hub.hub.registry.hold(spare.name, Hold.PAUSED)
+            server.breaks_after, server.pace = 2, "go"
+            monkeypatch.setattr(server, "breaking", lambda p=parts: iter([*p, *rest]))
+            async with await hub.open(CHAT, ask(kind)) as wire:
+                await wire.read_head()
+                hub.hub.registry.release(spare.name, Hold.PAUSED)
+                for _ in range(1 + len(parts)):
+                    server.release("go")
+                ending = await wire.read_to_end()
+            assert ending.clean
+            assert b"error" not in ending.response.body
+            assert text_of(events_of(ending.response)) == "".join(TEXTS)
+
+
 @each_kind
 async def test_a_failure_without_help_is_reported_in_the_words_of_the_server(
     kind: Kind, tmp_path: Path

@@ -25,6 +25,7 @@ from tests.fakes.replies import (
     head,
     json_reply,
     loading,
+    responses,
     role,
     sse_head,
     token,
@@ -538,6 +539,28 @@ async def test_a_500_is_blamed_on_the_worker_if_another_succeeds(
         assert other.can_serve("tiny")
         assert answered(await hub.post(CHAT, STREAM), good, 1)
         assert len(bad.requests) == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_response_that_fails_before_its_first_word_is_retried(
+    stream: bool,
+) -> None:
+    """Without the words of servers that end such a stream in an orderly way."""
+    begun = {"id": "resp_1", "object": "response", "status": "in_progress"}
+    error = {"code": "server_error", "message": "engine died"}
+    created = responses("created", response=begun | {"error": None})
+    failed = responses("failed", response=begun | {"status": "failed", "error": error})
+    path, body = "/v1/responses", {"input": "hello", "stream": stream}
+    async with two() as (bad, good, hub):
+        bad.default(*event_stream(created, failed))
+        reply = await hub.post(path, body)
+        assert reply.status == 200
+        assert reply.header("x-gollama-worker") == good.name
+        assert reply.header("x-gollama-attempts") == "2"
+        good.default(*event_stream(created, failed))
+        reply = await hub.post(path, body)
+        assert reply.status == 502
+        assert reply.json()["error"]["message"] == "engine died"
 
 
 async def test_a_worker_that_does_better_the_second_time_is_not_blamed() -> None:

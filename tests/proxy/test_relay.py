@@ -20,7 +20,7 @@ from gollama_proxy.proxy.relay import (
     Relay,
 )
 from gollama_proxy.upstream.connection import Connection
-from gollama_proxy.wire.answer import TAIL, Prefill, Usage
+from gollama_proxy.wire.answer import TAIL, Prefill, Tally, Usage
 from gollama_proxy.wire.errors import Code, ProxyError, RequestError, WorkerError
 from gollama_proxy.wire.schema import Ending, Endpoint
 from tests.fakes.cases import case
@@ -983,3 +983,84 @@ async def test_an_answer_that_is_cut_is_a_loss(early: bool) -> None:
         await running
     assert info.value.code is Code.WORKER_LOST
     assert stage.sent == chunk(b'{"finish_reason":"stop"')
+
+
+# --- A server that reports its failure --------------------------------------------
+
+FAILURE = error_event("engine died")
+# The bytes in front of it, those that reach the client, and those behind it.
+FAILED_STREAMS = {
+    "alone": (b"", b"", b""),
+    "named": (b"event: error\n", b"", b""),
+    "behind a comment": (b": ping\n\n", b": ping\n\n", b""),
+    "behind a token": (token("c"), token("c"), b""),
+    "before the end": (b"", b"", done()),
+}
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize(
+    ("before", "passed", "behind"), FAILED_STREAMS.values(), ids=FAILED_STREAMS
+)
+async def test_no_part_of_a_failure_is_passed_on(
+    before: bytes,
+    passed: bytes,
+    behind: bytes,
+    eol: bytes,
+    deliver: Callable[[Relay, bytes], None],
+) -> None:
+    """However its bytes arrive; the answer can continue on another worker."""
+    failed = (before + FAILURE + behind).replace(b"\n", eol)
+    passed = (role() + token("a") + passed).replace(b"\n", eol)
+    for at in range(len(failed)):
+        stage = Stage(chunked=False)
+        stage.stream((role() + token("a")).replace(b"\n", eol))
+        run = asyncio.create_task(
+            stage.relay.run(stage.client, 5.0, 1 << 20, reports=False)
+        )
+        await steps()
+        for part in filter(None, (failed[:at], failed[at:])):
+            deliver(stage.relay, part)
+        with pytest.raises(WorkerError, match="engine died"):
+            await run
+        # What lacks its blank line gets it with the continuation.
+        assert stage.sent.rstrip(b"\r\n") == passed.rstrip(b"\r\n")
+        assert passed.startswith(stage.sent)
+        assert stage.relay.relayed() == stage.sent
+
+
+async def test_events_that_are_split_are_passed_on_in_order(
+    deliver: Callable[[Relay, bytes], None],
+) -> None:
+    """Byte by byte as well, although each may be the first one of a failure."""
+    events = (b"id: 5\n" + token("b"), b": ping\n\n", finish(), done())
+    for size in (1, 7, 50, 90):
+        stage = Stage(chunked=False)
+        stage.stream(role(), token("a"))
+        run = asyncio.create_task(
+            stage.relay.run(stage.client, 5.0, 1 << 20, reports=False)
+        )
+        await steps()
+        rest = b"".join(events)
+        for at in range(0, len(rest), size):
+            deliver(stage.relay, rest[at : at + size])
+        stage.relay.answer_ended()
+        await run
+        assert stage.sent == role() + token("a") + rest
+        assert stage.relay.complete
+
+
+async def test_each_choice_is_counted_although_its_event_is_split() -> None:
+    stage = Stage(chunked=False)
+    stage.stream(role(), token("a"))
+    tally = Tally(Ending.DONE, 1)
+    run = asyncio.create_task(
+        stage.relay.run(stage.client, 5.0, 1 << 20, tally, reports=False)
+    )
+    await steps()
+    rest = finish() + done()
+    stage.parts(rest[:9], rest[9:])
+    stage.relay.answer_ended()
+    await run
+    assert stage.sent == role() + token("a") + rest
+    assert stage.relay.complete

@@ -424,6 +424,56 @@ def test_a_message_alone_is_not_an_error(data: bytes) -> None:
     assert error_in(data) is None
 
 
+@pytest.mark.parametrize(
+    ("code", "kind", "status"),
+    [
+        ("server_error", "server_error", "server_error"),
+        ("rate_limit_exceeded", "rate_limit_error", 429),
+        ("invalid_prompt", "invalid_request_error", 400),
+        ("image_too_large", "invalid_request_error", 400),
+        (None, "server_error", None),
+    ],
+)
+def test_a_response_that_failed_is_an_error(
+    code: str | None, kind: str, status: int | str | None
+) -> None:
+    """Servers write its fields in any order (vLLM the type at the end)."""
+    error = {"code": code, "message": "no"}
+    response = {"id": "resp_1", "object": "response", "error": error}
+    for event in (
+        {"type": "response.failed", "response": response},
+        {"response": response, "sequence_number": 3, "type": "response.failed"},
+    ):
+        assert error_in(json.dumps(event).encode()) == EventError("no", kind, status)
+
+
+@pytest.mark.parametrize("response", [None, "no", {}, {"error": None}, {"error": "x"}])
+def test_a_response_that_failed_may_have_no_reason(response: object) -> None:
+    event = {"type": "response.failed", "response": response, "error": None}
+    assert error_in(json.dumps(event).encode()) == EventError()
+
+
+def test_a_response_that_runs_is_no_error() -> None:
+    for kind in ("response.created", "response.in_progress", "response.completed"):
+        response = {"error": None, "metadata": {"a": "response.failed"}}
+        event = {"type": kind, "response": response}
+        assert error_in(json.dumps(event).encode()) is None
+
+
+def test_whether_an_event_is_an_error_is_known_from_its_beginning() -> None:
+    error = replies.error_event("engine died " * 20).removesuffix(b"\n\n")
+    named = b"event: error\n" + error
+    for event in (error, named, error.replace(b"data: ", b"data:")):
+        for size in range(1, len(event)):
+            assert sse.may_become_error(event[:size]), event[:size]
+    for begun in (b"", b": ping\n", b"\n", b"data: [DO", b"x"):
+        assert not sse.may_become_error(begun)
+    token_ = replies.token("word " * 20).removesuffix(b"\n\n")
+    assert not sse.may_become_error(token_)
+    assert not sse.may_become_error(token_[:80])
+    assert not sse.may_become_error(error + b"x" * sse.MOST_ERROR)
+
+
 # --- What the hub adds ------------------------------------------------------------
 
 
