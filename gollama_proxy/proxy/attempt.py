@@ -228,8 +228,8 @@ PROCESSING_AFTER, NOTICE_EVERY = 15.0, 5.0
 _ON_WORKER = frozenset({State.WAITING, State.STREAMING})
 
 
-class Limits:
-    """Checks attempts.  `clock` returns monotonic seconds."""
+class TimeLimits:
+    """Checks how long attempts take.  `clock` returns monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

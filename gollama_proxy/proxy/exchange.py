@@ -38,7 +38,7 @@ from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import (
     Failure,
-    Limits,
+    TimeLimits,
     failure_of_assembly,
     failure_to_connect,
     find_failure,
@@ -131,7 +131,7 @@ class Proxy(Running):
         self._charges = Charges(quotas, fitting, clock)
         self._rewriter = Rewriter(clock)
         self._rng = random.Random()
-        self._limits = Limits(clock)
+        self._limits = TimeLimits(clock)
         # Called when a request has its plan, waits, or gets to a worker.
         self.observer: Callable[[str, Exchange], None] | None = None
         self.tracer: Tracer | None = None  # of the requests for workers
