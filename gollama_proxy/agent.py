@@ -40,13 +40,11 @@ from aiohttp import web
 
 from gollama_proxy import __version__, children, machine
 from gollama_proxy.children import Supervised
+from gollama_proxy.config.addresses import check_url
+from gollama_proxy.config.keys import read_token
 from gollama_proxy.config.settings import Log
+from gollama_proxy.config.tls import hub_context
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.control.client import (
-    check_url,
-    read_token,
-    trust,
-)
 from gollama_proxy.fleet.agents import answer_to
 from gollama_proxy.registration import TIMEOUT, HubLink, Refusal, find_hub
 from gollama_proxy.service import Service, count
@@ -126,7 +124,7 @@ def check_options(options: Options, environ: Mapping[str, str]) -> None:
 def _credentials(options: Options) -> ssl.SSLContext | None:
     if not any(url.startswith("https:") for url in options.hubs):
         return None
-    return trust(options.ca_file)
+    return hub_context(options.ca_file)
 
 
 async def run(

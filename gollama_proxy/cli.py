@@ -467,7 +467,7 @@ def _import_server() -> None:
 def _agent(args: argparse.Namespace) -> int:
     _import_aiohttp()
     from gollama_proxy import agent
-    from gollama_proxy.control.client import split_hubs
+    from gollama_proxy.config.addresses import split_hubs
     from gollama_proxy.service import Service
 
     if args.exec != bool(args.following):

@@ -27,8 +27,8 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 
 from gollama_proxy import __version__, machine
+from gollama_proxy.config.keys import read_token
 from gollama_proxy.config.values import ConfigError
-from gollama_proxy.control.client import read_token
 from gollama_proxy.tasks import Periodic, Signals, ended, spawn
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""URLs and addresses of workers and of the store, and those that no worker can have.
+"""URLs and addresses of workers, hubs and the store, and those that no worker can have.
 
 Workers live on loopback and private networks, so those are allowed.  Neither a URL nor
 a DNS name that others control may lead the hub to the metadata services of clouds,
@@ -13,7 +13,7 @@ import ipaddress
 import re
 import socket
 from typing import NamedTuple
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from gollama_proxy.config.settings import Origin, Server
 from gollama_proxy.config.values import ConfigError, SecretUrl, cut, shown, split_url
@@ -164,6 +164,40 @@ def _carried(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     if any(address in network for network in _CARRIERS):
         return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.sixtofour  # RFC 3056
+
+
+# --- Hubs -------------------------------------------------------------------------
+
+
+def split_hubs(text: str) -> list[str]:
+    """Return the URLs of hubs in a list separated by spaces or commas."""
+    return [url for url in re.split(r"[,\s]+", text) if url]
+
+
+def check_url(source: str, url: str) -> None:
+    """Check the URL of a server; `source` begins the line of an error.
+
+    Raises:
+        ConfigError: it is not a URL, or has parts that are not used.
+    """
+    why = ""
+    try:
+        parts, port = split_url(url)
+    except ValueError as exc:
+        why, parts, port = str(exc), urlsplit(""), None
+    if not why and (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or not re.fullmatch(r"[!-~]+", url)
+    ):
+        why = "must be a URL such as http://gateway:8000"
+    elif not why and ("@" in parts.netloc or parts.query or parts.fragment):
+        why = "must be a URL without a password, a query or a fragment"
+    elif port == 0:
+        why = "port 0 cannot be connected to"
+    if why:
+        safe = re.sub("//.*@", "//...@", url)
+        raise ConfigError(f"{source} = {shown(safe)}: {why}")
 
 
 # --- Addresses to listen on -------------------------------------------------------

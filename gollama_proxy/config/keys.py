@@ -1,4 +1,4 @@
-"""Files for authentication: secrets, public keys, and the list of revoked tokens.
+"""Files for authentication: secrets, public keys, tokens, and the list of revoked ones.
 
 A file that holds a secret must be readable by its owner and group only.
 """
@@ -136,6 +136,35 @@ def load_public_keys(auth: Auth) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"{source}: holds no PEM block BEGIN PUBLIC KEY")
     return keys
+
+
+def read_token(file: str, environ: Mapping[str, str]) -> str:
+    """Return the token of the file, or of GOLLAMA_TOKEN; "" if there is none.
+
+    Without either, it is that of the credential that systemd passes, if any.
+
+    Raises:
+        ConfigError: the file cannot be used, or holds something other than a token.
+    """
+    credential = find_credential(TOKEN, environ)
+    if file or (credential and not environ.get("GOLLAMA_TOKEN", "").strip()):
+        source = f"--token-file = {file!r}" if file else f"credential {credential!r}"
+        file = file or credential
+        return check_token(source, read_secret(source, file).decode(errors="replace"))
+    token = environ.get("GOLLAMA_TOKEN", "")
+    return check_token("GOLLAMA_TOKEN", token) if token.strip() else ""
+
+
+def check_token(source: str, token: str) -> str:
+    """Return a token without spaces around it; `source` begins the line of an error.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    token = token.strip()
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError(f"{source}: holds no token (gollama-proxy token)")
+    return token
 
 
 # --- Revoked tokens ---------------------------------------------------------------

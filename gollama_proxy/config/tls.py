@@ -77,6 +77,21 @@ def store_context(address: StoreAddress) -> ssl.SSLContext:
     return _client_context("state.url: the option ", names, files)
 
 
+def hub_context(ca_file: str) -> ssl.SSLContext:
+    """Make the context for an https hub; without a file, for the CAs of the system.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except OSError as exc:  # ssl.SSLError included
+        why = "holds no PEM certificate"
+        if not isinstance(exc, ssl.SSLError):
+            why = f"cannot be read: {exc.strerror}"
+        raise ConfigError(f"--ca-file = {ca_file!r}: {why}") from exc
+
+
 def _client_context(
     where: str, names: Sequence[str], files: Sequence[str]
 ) -> ssl.SSLContext:

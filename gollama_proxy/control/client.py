@@ -1,4 +1,4 @@
-"""How a command reaches a hub: its address, the token, the CAs, and the admin API.
+"""How a command reaches a hub: the client of the admin API.
 
 The client is for programs that do one thing at a time, so it needs no event loop.
 """
@@ -6,13 +6,13 @@ The client is for programs that do one thing at a time, so it needs no event loo
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from gollama_proxy.config.keys import TOKEN, find_credential, read_secret
-from gollama_proxy.config.values import ConfigError, shown, split_url
+from gollama_proxy.config.addresses import check_url, split_hubs
+from gollama_proxy.config.keys import check_token, read_token
+from gollama_proxy.config.values import ConfigError, shown
 
 if TYPE_CHECKING:
     import http.client
@@ -179,88 +179,18 @@ def make_client(
     for url in urls:
         check_url(source, url)
     if token is not None:
-        token = _check_token("--token", token)
+        token = check_token("--token", token)
     else:
         token = read_token(token_file or "", environ)
     context = None
     if any(url.startswith("https:") for url in urls):
-        context = trust(ca_file or "")
+        from gollama_proxy.config.tls import hub_context
+
+        context = hub_context(ca_file or "")
     elif ca_file:
         text = f"is for an https hub only, and {source} = {shown(given)}"
         raise ConfigError(f"--ca-file = {ca_file!r}: {text}")
     return AdminClient(urls[0], token, context, urls[1:])
-
-
-def split_hubs(text: str) -> list[str]:
-    """Return the URLs of hubs in a list separated by spaces or commas."""
-    return [url for url in re.split(r"[,\s]+", text) if url]
-
-
-def check_url(source: str, url: str) -> None:
-    """Check the URL of a server; `source` begins the line of an error.
-
-    Raises:
-        ConfigError: it is not a URL, or has parts that are not used.
-    """
-    why = ""
-    try:
-        parts, port = split_url(url)
-    except ValueError as exc:
-        why, parts, port = str(exc), urlsplit(""), None
-    if not why and (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or not re.fullmatch(r"[!-~]+", url)
-    ):
-        why = "must be a URL such as http://gateway:8000"
-    elif not why and ("@" in parts.netloc or parts.query or parts.fragment):
-        why = "must be a URL without a password, a query or a fragment"
-    elif port == 0:
-        why = "port 0 cannot be connected to"
-    if why:
-        safe = re.sub("//.*@", "//...@", url)
-        raise ConfigError(f"{source} = {shown(safe)}: {why}")
-
-
-def read_token(file: str, environ: Mapping[str, str]) -> str:
-    """Return the token of the file, or of GOLLAMA_TOKEN; "" if there is none.
-
-    Without either, it is that of the credential that systemd passes, if any.
-
-    Raises:
-        ConfigError: the file cannot be used, or holds something other than a token.
-    """
-    credential = find_credential(TOKEN, environ)
-    if file or (credential and not environ.get("GOLLAMA_TOKEN", "").strip()):
-        source = f"--token-file = {file!r}" if file else f"credential {credential!r}"
-        file = file or credential
-        return _check_token(source, read_secret(source, file).decode(errors="replace"))
-    token = environ.get("GOLLAMA_TOKEN", "")
-    return _check_token("GOLLAMA_TOKEN", token) if token.strip() else ""
-
-
-def _check_token(source: str, token: str) -> str:
-    token = token.strip()
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError(f"{source}: holds no token (gollama-proxy token)")
-    return token
-
-
-def trust(ca_file: str) -> ssl.SSLContext:
-    """Make the context for an https hub; "" is for the CAs of the system.
-
-    Raises:
-        ConfigError: the file cannot be used.
-    """
-    import ssl
-
-    try:
-        return ssl.create_default_context(cafile=ca_file or None)
-    except OSError as exc:  # ssl.SSLError included
-        why = "holds no PEM certificate"
-        if not isinstance(exc, ssl.SSLError):
-            why = f"cannot be read: {exc.strerror}"
-        raise ConfigError(f"--ca-file = {ca_file!r}: {why}") from exc
 
 
 # --- Answers ----------------------------------------------------------------------

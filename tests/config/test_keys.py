@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from gollama_proxy.config import keys, watch
-from gollama_proxy.config.keys import RevocationList
+from gollama_proxy.config.keys import RevocationList, read_token
 from gollama_proxy.config.load import load
 from gollama_proxy.config.settings import Revoked
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.config.watch import Watcher
-from gollama_proxy.control.client import read_token
 from tests.fakes.clock import Clock
 from tests.fakes.files import replace
 from tests.fakes.waiting import until
