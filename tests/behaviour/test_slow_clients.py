@@ -141,10 +141,11 @@ async def test_pipelined_requests_with_unread_answers(
 # --- Many of them -----------------------------------------------------------------
 
 CONNECTIONS = 500
-SECONDS = 2
+ANSWERS = 80  # of each hub, at least, in one try
 # Below this, a time measures the machine and not the hub.
 NOISE = 0.005
-_ATTACK = f"-c {CONNECTIONS} -r {CONNECTIONS} -l {SECONDS + 1} -i 1 -p 5"
+# They stay until they are closed with their program: an hour is not reached.
+_ATTACK = f"-c {CONNECTIONS} -r {CONNECTIONS} -l 3600 -i 1 -p 5"
 _MODES = {
     "slow heads": "-H -u {}/v1/models",
     "slow bodies": f"-B -t POST -s 8192 -u {{}}{CHAT}",
@@ -153,7 +154,6 @@ _MODES = {
 }
 
 
-@pytest.mark.timeout(120)
 async def test_500_slow_clients_do_not_slow_down_a_good_one() -> None:
     """The quickest tenth of its answers stays under twice that of an idle hub.
 
@@ -163,26 +163,27 @@ async def test_500_slow_clients_do_not_slow_down_a_good_one() -> None:
     program = require("slowhttptest", package="slowhttptest")
     # Much to read, and little work to write it.
     names = ["tiny", *(f"model-{number}-{'x' * 10_000}" for number in range(10))]
+    # The hub closes none of them: how many are open does not depend on its speed.
     settings = {
         "auth__mode": "off",
         "log__access": "false",
-        "server__keepalive": 2,
-        "timeouts__body": 2,
-        "timeouts__write": 2,
+        "server__keepalive": 3600,
+        "timeouts__body": 3600,
+        "timeouts__write": 3600,
     }
     async with (
         ScriptedWorker(*names, slots=64) as worker,
         hub_process(worker.url, **settings) as hub,
         hub_process(worker.url, **settings) as other,
     ):
-        await asyncio.gather(latencies(hub, 0.5), latencies(other, 0.5))  # warm
+        await latencies(hub, other)  # warm
         for mode, arguments in _MODES.items():
+            # The hub ignores ranges: these are answered, and closed.
+            opened = 0 if mode == "ranges" else CONNECTIONS
             for last in (False, False, True):
-                attacked, idle, peak = await under_attack(
-                    hub, other, program, arguments
-                )
-                # The hub ignores ranges: these are answered, and closed.
-                assert peak >= CONNECTIONS / 5 or mode == "ranges", mode
+                async with attack(hub, program, arguments):
+                    await until(lambda: hub.descriptors() >= opened, mode)
+                    attacked, idle = map(p10, await latencies(hub, other))
                 reported = f"{mode}: p10 {attacked * 1e3:.1f}, idle {idle * 1e3:.1f} ms"
                 print(reported)
                 if attacked < 2 * max(idle, NOISE):
@@ -193,10 +194,8 @@ async def test_500_slow_clients_do_not_slow_down_a_good_one() -> None:
         assert not hub.complaints
 
 
-async def under_attack(
-    hub: HubProcess, other: HubProcess, program: str, arguments: str
-) -> tuple[float, float, int]:
-    """Give the p10 of a good client of each hub, and how many files the first had."""
+@contextlib.asynccontextmanager
+async def attack(hub: HubProcess, program: str, arguments: str) -> AsyncIterator[None]:
     url = f"http://127.0.0.1:{hub.port}"
     process = await asyncio.create_subprocess_exec(
         program,
@@ -205,38 +204,31 @@ async def under_attack(
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    peak = 0
-
-    async def count() -> None:
-        nonlocal peak
-        while True:
-            peak = max(peak, hub.descriptors())
-            await asyncio.sleep(0.1)
-
-    counting = asyncio.create_task(count())
     try:
-        attacked, idle = await asyncio.gather(
-            latencies(hub, SECONDS), latencies(other, SECONDS)
-        )
-        return p10(attacked), p10(idle), peak
+        yield
     finally:
-        counting.cancel()
-        await asyncio.wait([counting])
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
 
 
-async def latencies(hub: HubProcess, seconds: float) -> list[float]:
-    """Ask again and again on one connection; give how long each answer took."""
-    taken = []
-    end = time.monotonic() + seconds
-    async with await Wire.connect("127.0.0.1", hub.port) as wire:
-        while (began := time.monotonic()) < end:
-            await wire.post(CHAT, {**WHOLE, "model": "tiny"})
-            assert (await wire.read_response()).status == 200
-            taken.append(time.monotonic() - began)
-            await asyncio.sleep(0.008)
+async def latencies(*hubs: HubProcess) -> list[list[float]]:
+    """Ask each hub again and again, until all have answered often enough.
+
+    Return how long each answer of each hub took, in seconds.
+    """
+    taken: list[list[float]] = [[] for _ in hubs]
+
+    async def ask(hub: HubProcess, times: list[float]) -> None:
+        async with await Wire.connect("127.0.0.1", hub.port) as wire:
+            while min(map(len, taken)) < ANSWERS:
+                began = time.monotonic()
+                await wire.post(CHAT, {**WHOLE, "model": "tiny"})
+                assert (await wire.read_response()).status == 200
+                times.append(time.monotonic() - began)
+                await asyncio.sleep(0.008)
+
+    await asyncio.gather(*map(ask, hubs, taken))
     return taken
 
 
