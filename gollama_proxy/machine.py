@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -32,6 +34,8 @@ GIB = 1 << 30
 TIMEOUT = 5.0
 CONNECT_TIMEOUT = 3.0  # seconds, to a helper with a part of the model
 USUAL_PORT = 8080  # of llama-server
+# Below those that systems give to programs that ask for any port.
+_LOWER_PORTS = range(20_000, 32_768)
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,12 +422,22 @@ def listen(port: int) -> socket.socket:
 
 
 def find_free_ports(count: int) -> list[int]:
-    """Find distinct free ports of this machine."""
-    with contextlib.ExitStack() as stack:  # all held at once, so that they differ
-        held = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in held:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in held]
+    """Find distinct free ports of this machine.
+
+    They are likely to be free still when they are used: no system gives them to a
+    program that asks for any port.
+
+    Raises:
+        OSError: there are not as many.
+    """
+    ports: list[int] = []
+    for port in random.sample(_LOWER_PORTS, len(_LOWER_PORTS)):
+        if len(ports) == count:
+            return ports
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 # --- Where its server listens -----------------------------------------------------

@@ -275,3 +275,16 @@ def test_free_ports_differ() -> None:
     assert len(set(ports)) == 20
     for port in ports:
         socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_free_ports_are_not_given_to_programs_that_ask_for_any() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert max(machine.find_free_ports(50)) < other.getsockname()[1]
+
+
+def test_there_may_be_no_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(machine, "_LOWER_PORTS", range(port, port + 1))
+        with pytest.raises(OSError, match="in use"):
+            machine.find_free_ports(1)

@@ -183,9 +183,7 @@ async def test_a_stored_lease_runs_out_too(tmp_path: Path) -> None:
 
 
 async def test_an_agent_finds_a_hub_that_was_away() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        port = place.getsockname()[1]
-    async with ScriptedWorker() as worker:
+    async with ScriptedWorker() as worker, reserved() as port:
         arguments = ("--hub", f"http://127.0.0.1:{port}", "--worker", worker.url)
         async with AgentProcess.serving(*arguments) as agent:
             await agent.until("cannot be reached: .*; trying again")
@@ -651,9 +649,8 @@ async def test_an_address_that_is_not_proved_is_refused(
         status, code, text = error_of(await agent.put())
         assert (status, code) == (403, "address_refused")
         assert "another program answers there" in text  # it asks for its own address
-        with socket.create_server(("127.0.0.1", 0)) as place:
-            agent.port = place.getsockname()[1]
-        status, code, text = error_of(await agent.put())
+        async with reserved() as agent.port:
+            status, code, text = error_of(await agent.put())
         assert (status, code) == (403, "address_refused")
         assert "connection refused" in text
         # Of another address, it learns nothing.

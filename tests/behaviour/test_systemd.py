@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gollama_proxy.machine import find_free_ports
 from tests.fakes.asks import CHAT, STREAM
 from tests.fakes.client import Wire
 from tests.fakes.hub import SECRET, mint, running_hub
@@ -373,6 +374,5 @@ async def test_the_server_of_an_agent_is_not_taken_for_a_service(
 
 def nowhere() -> str:
     """Return the URL of a port at which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{sock.getsockname()[1]}"
+    [port] = find_free_ports(1)
+    return f"http://127.0.0.1:{port}"

