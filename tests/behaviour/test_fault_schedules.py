@@ -185,7 +185,7 @@ async def check_nothing_is_held(run: Run) -> None:
     hub = run.hub.hub
     await until(lambda: not any(worker.in_flight for worker in run.workers))
     await until(lambda: not run.faults.running)
-    assert shown(hub.proxy, "running") == 0
+    await until(lambda: shown(hub.proxy, "running") == 0)
     await until(lambda: shown(hub.watchdog, "canaries") == 0)
     for worker in run.workers:
         for breaker in (worker.breaker, *worker.model_breakers.values()):
