@@ -5,14 +5,15 @@ standard output, one JSON object per line:
 
     {"event": "open"}                       every client has its first bytes
     {"event": "count", "count": 8012, "open": 200, "broken": {}}
-                                            the reply to each further line of input
+                                            the reply to a line `count`
     {"event": "end", "count": 85000, "complete": 200, "peak": 200, "broken": {},
      "first": 0.0041}
 
 `count` is the number of tokens that arrived or, where clients repeat a request, of
 complete answers; `open`, the number of clients whose answers have not ended; `first`,
-the median time to the first token of a stream, in seconds.  The process ends when its
-standard input is closed.
+the median time to the first token of a stream, in seconds.  At a line `stop`, clients
+that repeat their request end with the answer that they wait for.  The process ends when
+its standard input is closed.
 """
 
 from __future__ import annotations
@@ -53,15 +54,15 @@ class Kind(StrEnum):
 class Job:
     """What the clients do.
 
-    Each client sends one request; with `seconds`, each repeats it on the same
-    connection for that long.  With `burst`, clients connect as fast as they can.
+    Each client sends one request; with `repeats`, each repeats it on the same
+    connection until it is stopped.  With `burst`, clients connect as fast as they can.
     """
 
     port: int
     clients: int
     kind: str = Kind.STREAM
     max_tokens: int = 0
-    seconds: float = 0.0
+    repeats: bool = False
     burst: bool = False
     bearers: list[str] = field(default_factory=lambda: ["none"])
     question: str = "Answer yes, at some length."
@@ -253,20 +254,24 @@ async def run(job: Job) -> None:
     assert task
 
     def on_command() -> None:
-        if os.read(sys.stdin.fileno(), 4096):
+        line = os.read(sys.stdin.fileno(), 4096)
+        if line == b"stop\n":
+            RepeatingClient.stopping = True
+            stopped.set()
+        elif line:
             broken = dict(tally.broken.most_common(5))
             _report("count", count=tally.count, open=tally.open, broken=broken)
         else:
             loop.remove_reader(sys.stdin)
             task.cancel()
 
+    stopped = asyncio.Event()
     loop.add_reader(sys.stdin, on_command)
     clients = await _open(job, tally)
     await asyncio.gather(*[client.started for client in clients])
     _report("open")
-    if job.seconds:
-        await asyncio.sleep(job.seconds)
-        RepeatingClient.stopping = True
+    if job.repeats:
+        await stopped.wait()
     await asyncio.gather(*[client.ended for client in clients])
     _report(
         "end",
@@ -281,7 +286,7 @@ async def run(job: Job) -> None:
 async def _open(job: Job, tally: Tally) -> list[Client]:
     loop = asyncio.get_running_loop()
     opening = asyncio.Semaphore(job.clients if job.burst else OPENING_AT_ONCE)
-    kind = RepeatingClient if job.seconds else StreamClient
+    kind = RepeatingClient if job.repeats else StreamClient
     clients: list[Client] = []
 
     def create() -> Client:

@@ -53,8 +53,7 @@ async def measure_answers(
     proxy: Proxy, kind: Kind, tokens: int, seconds: float, clients: int = CLIENTS
 ) -> Sample:
     """Measure the CPU time of an answer, with clients that repeat their request."""
-    lasting = WARM_UP + seconds + 0.2
-    job = Job(proxy.port, clients, kind, tokens, seconds=lasting, bearers=proxy.bearers)
+    job = Job(proxy.port, clients, kind, tokens, repeats=True, bearers=proxy.bearers)
     return await _measure(proxy, job, WARM_UP, seconds)
 
 
@@ -79,6 +78,7 @@ async def _measure(proxy: Proxy, job: Job, warm_up: float, seconds: float) -> Sa
         await asyncio.sleep(seconds)
         cpu, count = proxy.cpu_seconds() - cpu, await load.count() - count
         seconds = time.monotonic() - started
+        await load.stop()
         await _finish(proxy, job, load)
     if not count:
         raise BenchmarkError(f"{proxy.name}: nothing arrived in {seconds:.0f} s")
@@ -197,7 +197,7 @@ async def _running(proxy: Proxy, job: Job, seconds: float) -> AsyncIterator[Load
 async def _finish(proxy: Proxy, job: Job, load: Load) -> dict[str, Any]:
     """Wait for the end of a load and check that nothing was lost."""
     end = await load.expect("end")
-    expected = 0 if job.seconds else job.clients * job.max_tokens
+    expected = 0 if job.repeats else job.clients * job.max_tokens
     if end["broken"] or (expected and end["count"] != expected):
         tokens = f", {end['count']:,} of {expected:,} tokens" if expected else ""
         raise BenchmarkError(
@@ -248,6 +248,10 @@ class Load:
         """Return the clients' counts so far."""
         await self._send("count")
         return await self.expect("count")
+
+    async def stop(self) -> None:
+        """Have clients that repeat their request end."""
+        await self._send("stop")
 
     async def _send(self, line: str) -> None:
         assert self._child.process.stdin

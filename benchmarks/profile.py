@@ -95,8 +95,7 @@ async def profile(
 ) -> tuple[pstats.Stats, int]:
     """Profile the hub under load; return the profile and the number of requests."""
     hub = ProfiledHub([port], folder)
-    lasting = SECONDS + 2
-    job = Job(hub.port, CLIENTS, kind, tokens, lasting, bearers=hub.bearers)
+    job = Job(hub.port, CLIENTS, kind, tokens, repeats=True, bearers=hub.bearers)
     async with hub.running(), Load.running(job, folder) as load:
         await load.expect("open")
         await asyncio.sleep(0.5)
@@ -105,6 +104,7 @@ async def profile(
         await asyncio.sleep(SECONDS)
         hub.signal(signal.SIGUSR2)
         requests = await load.count() - requests
+        await load.stop()
         await load.expect("end")
     return pstats.Stats(str(hub.stats)), requests
 

@@ -196,9 +196,10 @@ async def test_another_type_in_every_key(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with two_hubs(tmp_path) as (store, _, hubs):
+        # In one step, between two of the hubs.
+        replace = "redis.call('DEL', KEYS[1]) redis.call('LPUSH', KEYS[1], 'x')"
         for key in await kinds(store):
-            await store.ask("DEL", key)
-            await store.ask("LPUSH", key, "x")
+            await store.ask("EVAL", replace, 1, key)
         for hub in hubs:
             await works(hub, 2)
         await beats(hubs)
