@@ -281,53 +281,53 @@ def test_a_tool_call_after_text_is_resumed_too(pair: Pair) -> None:
 
 
 def test_real_sentences_go_on(talking_model: Path, llama_server: Start) -> None:
-    """The same with words of several tokens, line ends and a model that can stop."""
-    first = llama_server(talking_model, slots=1, ctx=512)
-    second = llama_server(talking_model, slots=1, ctx=512)
+    """The same with words of several tokens and a model that can stop.
+
+    One server answers all, as each token of this model takes long.
+    """
+    server = llama_server(talking_model, slots=1, ctx=512)
+    few: dict[str, Any] = {"cuts": CUTS_OF_SENTENCES, "max_tokens": 12}
     for unknown in UNKNOWN.values():
-        ways = check(first, second, cuts=CUTS_OF_SENTENCES, unknown=unknown)
-        assert True in ways
-    assert check(first, second, TEXT, cuts=CUTS_OF_SENTENCES) == {True}
+        assert True in check(server, server, unknown=unknown, **few)
+    assert check(server, server, TEXT, **few) == {True}
 
 
 def test_a_template_that_leaves_out_what_was_begun_proves_nothing(
-    talking_model: Path, llama_server: Start
+    tiny_model: Path, llama_server: Start
 ) -> None:
     """So all of it is asked for again, although the model writes the same by itself."""
     args = ("--skip-chat-parsing",)
-    first = llama_server(talking_model, slots=1, ctx=512, args=args)
-    second = llama_server(talking_model, slots=1, ctx=512, args=args)
+    first = llama_server(tiny_model, slots=1, ctx=512, args=args)
+    second = llama_server(tiny_model, slots=1, ctx=512, args=args)
     ways = check(first, second, cuts=CUTS_OF_SENTENCES, max_tokens=16)
     assert ways == {False}
 
 
 @pytest.fixture
-def thinking(
-    talking_model: Path, llama_server: Start, tmp_path: Path
-) -> Callable[..., LlamaServer]:
-    """Start a server whose template has a place for thoughts."""
+def thinking(llama_server: Start, tmp_path: Path) -> Callable[..., LlamaServer]:
+    """Start a server of a model whose template has a place for thoughts."""
     template = tmp_path / "thinking.jinja"
     template.write_text(THINKING)
 
-    def start(*args: str) -> LlamaServer:
+    def start(model: Path, *args: str) -> LlamaServer:
         args = ("--jinja", "--chat-template-file", str(template), *args)
-        return llama_server(talking_model, slots=1, ctx=512, args=args)
+        return llama_server(model, slots=1, ctx=512, args=args)
 
     return start
 
 
 def test_a_repetition_is_known_behind_what_the_template_puts_there(
-    thinking: Callable[..., LlamaServer],
+    talking_model: Path, thinking: Callable[..., LlamaServer]
 ) -> None:
     """It may go on in other words, as its prompt has another beginning."""
-    first, second = (thinking("--reasoning-format", "none") for _ in range(2))
-    body = request(chat=True)
-    chunks = stream_of(first, CHAT, body)
-    for place in range(5, len(chunks) - 3, 14):
+    server = thinking(talking_model, "--reasoning-format", "none")
+    body = request(chat=True, max_tokens=12)
+    chunks = stream_of(server, CHAT, body)
+    for place in (5, len(chunks) // 2):
         relayed = b"".join(chunks[:place])
         reported = Partial.parse(relayed)
         assert reported is not None
-        rest, goes_on = rest_of(second, CHAT, body, reported)
+        rest, goes_on = rest_of(server, CHAT, body, reported)
         assert goes_on
         text, _, once = read(relayed + rest)
         assert text.startswith(reported.text)
@@ -337,10 +337,10 @@ def test_a_repetition_is_known_behind_what_the_template_puts_there(
 
 
 def test_an_answer_goes_on_as_it_would_have_behind_its_thoughts(
-    thinking: Callable[..., LlamaServer],
+    tiny_model: Path, thinking: Callable[..., LlamaServer]
 ) -> None:
     """The model does not think by itself, so its thoughts are put into its mouth."""
-    first, second = thinking(), thinking()
+    first, second = thinking(tiny_model), thinking(tiny_model)
     thoughts = "A fox is red, so the story is about a red dress."
     asked = json.loads(request(chat=True))
     message = {"role": "assistant", "reasoning_content": thoughts, "content": "Once,"}
