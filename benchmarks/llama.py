@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.children import spawn, until_answered
-from gollama_proxy import demo
 from gollama_proxy.children import Child
+from gollama_proxy.commands import demo
 from gollama_proxy.machine import find_free_ports
 
 

@@ -34,9 +34,9 @@ from chaos_report import Answer, Outcome, Tally, difference
 from rich.console import Console
 from rich.live import Live
 
-from gollama_proxy import demo
 from gollama_proxy.children import ChildError
 from gollama_proxy.cli import run_loop
+from gollama_proxy.commands import demo
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.tasks import Signals
 

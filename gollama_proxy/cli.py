@@ -35,7 +35,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from gollama_proxy import __version__, offline
+from gollama_proxy import __version__
+from gollama_proxy.commands import offline
 from gollama_proxy.config.load import PLACES, load, locate, require_keys
 from gollama_proxy.config.settings import (
     FLAGS,
@@ -257,9 +258,9 @@ _OPERATIONS = {
 
 
 def _fill_operation(name: str, parser: argparse.ArgumentParser) -> None:
-    from gollama_proxy import commands
+    from gollama_proxy.commands import operators
 
-    commands.add_flags(name, parser)
+    operators.add_flags(name, parser)
 
 
 def _add_setting_flags(
@@ -563,12 +564,12 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _operate(args: argparse.Namespace) -> int:
-    from gollama_proxy import commands
-    from gollama_proxy.control.client import CallError
-    from gollama_proxy.control.display import printable
+    from gollama_proxy.commands import operators
+    from gollama_proxy.commands.client import CallError
+    from gollama_proxy.commands.display import printable
 
     try:
-        return _printing(lambda: commands.run(args))
+        return _printing(lambda: operators.run(args))
     except CallError as exc:
         _complain(printable(" ".join(str(exc).split())))
         return exc.status
@@ -579,8 +580,8 @@ def _operate(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     _import_server()
-    from gollama_proxy import demo
     from gollama_proxy.children import ChildError
+    from gollama_proxy.commands import demo
     from gollama_proxy.service import Service
 
     Service.take(os.environ)  # so that no llama-server takes itself for a service

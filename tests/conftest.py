@@ -104,7 +104,7 @@ _MAY_BLOCK = {
     # Before there is a hub: settings are read, programs and models looked for.
     "gollama_proxy/config/load.py": {"load"},
     "gollama_proxy/config/tls.py": {"for_server", "for_workers"},
-    "gollama_proxy/demo.py": {"find_files", "_find_model", "_start_servers"},
+    "gollama_proxy/commands/demo.py": {"find_files", "_find_model", "_start_servers"},
     # Before there is a hub: what it shares with others is imported.
     "gollama_proxy/hub.py": {"_make_cluster"},
     # A datagram socket that is given its peer: nothing is sent.
@@ -114,7 +114,7 @@ _MAY_BLOCK = {
     # The end of an event loop waits for its threads, the last of which may still end.
     "asyncio/runners.py": {"close"},
     # What a test calls in the hub's place.
-    "tests/test_demo.py": {"examine"},
+    "tests/commands/test_demo.py": {"examine"},
 }
 
 

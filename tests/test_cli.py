@@ -23,9 +23,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from gollama_proxy import __version__, demo
+from gollama_proxy import __version__
 from gollama_proxy.children import ChildError
 from gollama_proxy.cli import main
+from gollama_proxy.commands import demo
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import (
     VARIABLES,
@@ -506,8 +507,8 @@ async def test_a_second_signal_cuts_a_running_answer(environ: dict[str, str]) ->
 # What takes long to import, or much memory.
 HEAVY = """
 aiohttp aiohttp.client aiohttp.web_app asyncio cryptography dns gollama_proxy.agent
-gollama_proxy.commands gollama_proxy.hub http.client httptools jwt opentelemetry
-prometheus_client rich sqlite3 statistics uvloop zeroconf
+gollama_proxy.commands.operators gollama_proxy.hub http.client httptools jwt
+opentelemetry prometheus_client rich sqlite3 statistics uvloop zeroconf
 """
 # Runs a command, and prints which of them it has imported.
 _SPY = """
@@ -521,7 +522,7 @@ print("imported:", *sorted(sys.modules.keys() & set(sys.argv[1].split())))
 IMPORTED = {
     "secret": "",
     "token --sub alice": "jwt http.client",
-    "workers --hub http://127.0.0.1:1": "gollama_proxy.commands http.client",
+    "workers --hub http://127.0.0.1:1": "gollama_proxy.commands.operators http.client",
     "serve --port 0": """aiohttp asyncio gollama_proxy.hub http.client httptools jwt
         sqlite3 uvloop""",
     "agent --hub http://127.0.0.1:1 --worker http://127.0.0.1:2": """aiohttp

@@ -1,4 +1,4 @@
-"""What operators use: the admin API, explanations and events.
+"""What a hub has for its operators: the admin API, explanations and events.
 
 `Parts` declares what they need of a hub.
 """

@@ -19,8 +19,9 @@ import jwt
 import psutil
 import pytest
 
-from gollama_proxy import children, demo
+from gollama_proxy import children
 from gollama_proxy.cli import main
+from gollama_proxy.commands import demo
 from gollama_proxy.config import load as config
 from gollama_proxy.config.settings import Auth, Config, Health, WorkerConfig
 from gollama_proxy.control.page import Links
@@ -35,7 +36,7 @@ from tests.test_cli import SECRET, Output, environ, one_line
 
 __all__ = ["environ"]  # a fixture: nothing of the caller's settings gets into a test
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console, Group
 
-from gollama_proxy.control.display import (
+from gollama_proxy.commands.display import (
     Overview,
     describe_model,
     hubs_of,

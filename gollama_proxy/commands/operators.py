@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gollama_proxy.config.values import ConfigError, cut, parse_span, shown
-from gollama_proxy.control.client import (
+from gollama_proxy.commands.client import (
     DEFAULT_HUB,
     AdminClient,
     CallError,
@@ -27,7 +26,7 @@ from gollama_proxy.control.client import (
     make_client,
     segment,
 )
-from gollama_proxy.control.display import (
+from gollama_proxy.commands.display import (
     Overview,
     describe_model,
     hubs_of,
@@ -45,6 +44,7 @@ from gollama_proxy.control.display import (
     watch,
     workers_table,
 )
+from gollama_proxy.config.values import ConfigError, cut, parse_span, shown
 
 _EPILOG = f"""\
 environment variables:

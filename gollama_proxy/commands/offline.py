@@ -242,7 +242,7 @@ def check(config: Config) -> int:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
         print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
         return 1
-    from gollama_proxy.control.display import print_table
+    from gollama_proxy.commands.display import print_table
     from gollama_proxy.fleet.registry import Registry
 
     # The table has these messages; do not log them as well.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gollama_proxy.control.client import AdminClient, CallError, Json
+from gollama_proxy.commands.client import AdminClient, CallError, Json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

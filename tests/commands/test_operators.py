@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from gollama_proxy.cli import main
-from gollama_proxy.control.client import AdminClient, CallError
+from gollama_proxy.commands.client import AdminClient, CallError
 from gollama_proxy.fleet.state import Hold, WorkerState
 from gollama_proxy.state import ledger
 from gollama_proxy.state.facts import Gap
@@ -466,7 +466,7 @@ async def test_later_requests_are_followed(
             asyncio.run_coroutine_threadsafe(request(f"r{looks}"), loop).result()
 
         await request("r0")
-        monkeypatch.setattr("gollama_proxy.commands.time.sleep", sleep)
+        monkeypatch.setattr("gollama_proxy.commands.operators.time.sleep", sleep)
         done = await run("requests", "--follow", "--json", "--limit", "2", hub=hub)
         assert done.status == 130
         found = [json.loads(line)["id"] for line in done.out.splitlines()]
@@ -550,7 +550,7 @@ async def top(
         stdout=theirs,
         stderr=theirs,
         env=environ | variables,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         start_new_session=True,
     )
     try:
@@ -736,7 +736,7 @@ async def test_a_server_of_another_kind(
 
 
 async def test_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    monkeypatch.setattr("gollama_proxy.control.client.PATIENCE", 0.1)
+    monkeypatch.setattr("gollama_proxy.commands.client.PATIENCE", 0.1)
     async with ScriptedWorker() as other:
         other.on("/admin/workers", stall())
         done = await run("workers", "--hub", other.url)
@@ -769,7 +769,7 @@ async def test_a_hub_with_tls(
             *(sys.executable, "-m", "gollama_proxy", "workers", "--json"),
             stdout=asyncio.subprocess.PIPE,
             env=environ | {"SSL_CERT_FILE": authority.file},
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         )
         output, _ = await process.communicate()
         assert json.loads(output) == {"workers": []}
@@ -945,7 +945,7 @@ async def list_workers(
         stdout=output,
         stderr=asyncio.subprocess.PIPE,
         env=environ | {"GOLLAMA_HUB": hub.url, "GOLLAMA_TOKEN": hub.token(**ADMIN)},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     if output is not None:
         os.close(output)
