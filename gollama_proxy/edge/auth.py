@@ -140,10 +140,15 @@ class Authenticator:
         Raises:
             AuthError: see `authenticate`.
         """
-        headers = request.headers
-        principal = self.authenticate(
-            headers.getall("Authorization", ()), headers.getall("X-Api-Key", ())
-        )
+        principal = ANONYMOUS
+        if not self._off:
+            head = record.head
+            known = None if head is None else self._recall(head.token)
+            if known is None:
+                digest, known = self._check(self.token_in(request))
+                if head is not None:
+                    head.token = digest  # for the next request on its connection
+            principal = known
         record.subject = principal.subject
         return principal
 
@@ -174,19 +179,36 @@ class Authenticator:
         """
         if self._off:
             return ANONYMOUS
-        token = _token_in(headers, api_keys)
+        return self._check(_token_in(headers, api_keys))[1]
+
+    def _check(self, token: str) -> tuple[bytes, Principal]:
+        """Return the hash of a token, and its subject.
+
+        Raises:
+            AuthError: it is not valid.
+            HubError: no token is accepted now.
+        """
         if len(token) > MAX_TOKEN:
             raise AuthError("token too long")
         digest = _digest_of(token.encode("utf-8", "surrogateescape")).digest()
-        known, clock = self._known, self._clock  # a local is cheaper to call
-        principal = known.get(digest)
+        principal = self._recall(digest)
         if principal is None:
             principal = self._verify(token)
             self._remember(digest, principal)
-        elif principal.expires <= clock():
-            del self._known[digest]
-            raise AuthError("token has expired")
-        else:
+        return digest, principal
+
+    def _recall(self, digest: bytes) -> Principal | None:
+        """Return the subject of a token that was accepted before, by its hash.
+
+        Raises:
+            AuthError: the token has expired.
+        """
+        known, clock = self._known, self._clock  # a local is cheaper to call
+        principal = known.get(digest)
+        if principal is not None:
+            if principal.expires <= clock():
+                del known[digest]
+                raise AuthError("token has expired")
             known.move_to_end(digest)
         return principal
 

@@ -43,6 +43,7 @@ from gollama_proxy.edge.response import (
     write_whole,
 )
 from gollama_proxy.wire.errors import Code, HubError, ProxyError, RequestError
+from gollama_proxy.wire.headers import Head
 
 # Seconds by which the limit of a connection exceeds that of an answer
 # (`timeouts.write`), as only the latter stops the worker and sets the outcome.
@@ -50,7 +51,7 @@ _GRACE = 1.0
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[BaseRequest], Awaitable[StreamResponse]]
+Handler = Callable[["Request"], Awaitable[StreamResponse]]
 Refused = Callable[[BaseRequest, ProxyError], None]
 
 
@@ -86,7 +87,11 @@ class Server(web_server.Server):
 
         `refused` is called for requests that never reach `handler`.
         """
-        super().__init__(handler, request_factory=Request, handler_cancellation=True)
+        super().__init__(
+            cast(Callable[[BaseRequest], Awaitable[StreamResponse]], handler),
+            request_factory=Request,
+            handler_cancellation=True,
+        )
         self.refused = refused
         self.clients = clients or ConnectionLimiter(config.limits, time.monotonic)
         self._shaking: set[TlsConnection] = set()
@@ -219,6 +224,7 @@ class Request(BaseRequest):
     """
 
     __slots__ = (
+        "connection",
         "content",
         "headers",
         "keep_alive",
@@ -240,6 +246,7 @@ class Request(BaseRequest):
         """Make one; `task` serves all requests of its connection."""
         assert isinstance(protocol, _Protocol)
         super().__init__(message, content, protocol, writer, task, task.get_loop())
+        self.connection = protocol
         self.content = content
         self.headers = message.headers
         self.keep_alive = not message.should_close
@@ -263,6 +270,7 @@ class _Protocol(RequestHandler):
         "_refused",
         "_wire",
         "content",
+        "head",
         "remote",
         "task",
     )
@@ -270,6 +278,7 @@ class _Protocol(RequestHandler):
     def __init__(self, server: Server) -> None:
         super().__init__(server, **server.options())
         self.content: StreamReader | None = None  # the body of the present request
+        self.head: Head | None = None  # of the last one
         self.remote = ""  # the client's address
         self.task: asyncio.Task[None] | None = None  # it serves all requests
         self._held = False  # nothing is read from the client

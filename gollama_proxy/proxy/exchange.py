@@ -18,8 +18,6 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
-from aiohttp.hdrs import EXPECT
-
 from gollama_proxy.config.settings import Config
 from gollama_proxy.edge.auth import Authenticator
 from gollama_proxy.edge.quotas import Quotas
@@ -80,6 +78,7 @@ from gollama_proxy.wire.schema import ENDPOINTS
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from gollama_proxy.edge.server import Request
     from gollama_proxy.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ class Proxy(Running):
 
     # --- Receiving a request, and ending it ---------------------------------------
 
-    async def __call__(self, request: web.BaseRequest) -> Sent:
+    async def __call__(self, request: Request) -> Sent:
         """Serve one request; every one ends here, with exactly one outcome."""
         x = Exchange(request, self._clock())
         task = asyncio.current_task()
@@ -158,7 +157,7 @@ class Proxy(Running):
         self._running[task] = x
         try:
             try:
-                self._receive(x)
+                self._receive(x, request)
                 handler = self._router.find(request, x)
                 if self._draining and x.method == "POST":
                     raise draining()
@@ -192,20 +191,24 @@ class Proxy(Running):
             # It refers to `x`: only the garbage collector could free the two.
             x.delivery = None
 
-    def _receive(self, x: Exchange) -> None:
+    def _receive(self, x: Exchange, request: Request) -> None:
         """Check the head of a request.
 
         Raises:
             RequestError: it can be read in two ways, or is too large.
         """
-        request = x.request
         x.id = f"{self._rng.getrandbits(64):016x}"
         if self._router.has_origins:
             x.lines = self._router.origin_lines(request)
         # A connection ends with a request whose head can be read in two ways, as what
         # follows could be read in two ways, too.
-        head = headers.read_head(
-            x.method, request.version, request.raw_headers, self._config.limits.head
+        connection = request.connection
+        x.head = connection.head = head = headers.read_head(
+            x.method,
+            request.version,
+            request.raw_headers,
+            self._config.limits.head,
+            connection.head,
         )
         if head.id:
             x.id = head.id
@@ -276,14 +279,16 @@ class Proxy(Running):
             x.needs_slot = False
         if caller.priority is not _INTERACTIVE:
             x.priority = caller.priority
-        if (priority := request.headers.get("X-Gollama-Priority")) is not None:
+        assert x.head is not None, x
+        if x.head.prioritised:
+            priority = request.headers["X-Gollama-Priority"]
             x.priority = choose_priority(priority, caller.priority)
         if config.upstream.usage == "always":
             x.counted = True
         if caller.metered:
             self._charges.take_quota(x, caller)
         x.body = body = Body(request, endpoint, config)
-        if EXPECT in request.headers:
+        if x.head.expects:
             answer_expectation(request)
         if not body.take():
             await body.read(config.limits.replay_window)

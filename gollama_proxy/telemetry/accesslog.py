@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gollama_proxy.telemetry.lines import Fields, LineFormatter
 from gollama_proxy.telemetry.logs import BatchHandler
-from gollama_proxy.wire.headers import TraceContext
+from gollama_proxy.wire.headers import Head, TraceContext
 
 if TYPE_CHECKING:
     from gollama_proxy.fleet.lease import Lease
@@ -86,6 +86,7 @@ class Record:
     routine: bool = False
     steps: tuple[Step, ...] = ()  # empty unless something unusual happens
     lease: Lease | None = None  # of its last attempt
+    head: Head | None = None  # once it was read
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.method} {self.route}>"

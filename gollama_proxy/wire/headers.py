@@ -82,17 +82,52 @@ _SUSPECT = frozenset(
     }
 )
 _LAST = frozenset({b"transfer-encoding", b"upgrade"})
-_READ = FORWARDED | _SUSPECT | {b"host", b"connection", b"x-request-id"}
+_NOTED = frozenset({b"expect", b"x-gollama-priority"})
+_READ = FORWARDED.union(
+    _SUSPECT, _NOTED, {b"host", b"connection", b"content-length", b"x-request-id"}
+)
 _VERSIONS = ((1, 0), (1, 1))
 
 
-class Head(msgspec.Struct, frozen=True, gc=False):
-    """What the hub reads of a request's head."""
+class Head(msgspec.Struct, gc=False):
+    """What the hub reads of a request's head.
+
+    A client repeats most of it on its connection, so the next head often `reads_alike`.
+    """
 
     last: bool  # the connection has to end with this request
     id: str  # the client's `X-Request-Id`, or empty
     forwarded: bytes  # the header lines that a worker gets, each ended by CRLF
-    trace: TraceContext | None = None  # the client's, if it has a valid one
+    trace: TraceContext | None  # the client's, if it has a valid one
+    expects: bool  # it has an `Expect`
+    prioritised: bool  # it has an `X-Gollama-Priority`
+    # All headers, and where the one is that may differ in the next head
+    _version: tuple[int, int]
+    _headers: Headers
+    _length_at: int
+    # The hash of its token, once that was accepted (`edge/auth.py`)
+    token: bytes = b""
+
+    def __repr__(self) -> str:  # without the headers, one of which has the token
+        return f"<Head of {len(self._headers)} headers>"
+
+    def reads_alike(self, version: tuple[int, int], headers: Headers) -> bool:
+        """Return whether another head differs from this in its Content-Length alone.
+
+        Both have one of the same number of digits, so the head is as long, too.
+        """
+        at, own = self._length_at, self._headers
+        if at < 0 or len(headers) != len(own) or version != self._version:
+            return False
+        if headers == own:
+            return True
+        name, value = headers[at]
+        return (
+            name == own[at][0]
+            and len(value) == len(own[at][1])
+            and headers[:at] == own[:at]
+            and headers[at + 1 :] == own[at + 1 :]
+        )
 
 
 class TraceContext(NamedTuple):
@@ -108,9 +143,16 @@ class TraceContext(NamedTuple):
 
 
 def read_head(
-    method: str, version: tuple[int, int], headers: Headers, limit: int
+    method: str,
+    version: tuple[int, int],
+    headers: Headers,
+    limit: int,
+    before: Head | None = None,
 ) -> Head:
     """Read a request head; reject one that is ambiguous or too large.
+
+    `before` is that of the previous request on the connection, which is returned for a
+    head that reads alike.
 
     The parser has rejected most malformed heads; this rejects those that it accepts and
     a proxy must not.  The connection has to be closed after a request if the next one
@@ -124,6 +166,12 @@ def read_head(
     Raises:
         RequestError: 400, 405, 431, 501 or 505, naming the header.
     """
+    if (
+        before is not None
+        and method != "CONNECT"
+        and before.reads_alike(version, headers)
+    ):
+        return before
     if version not in _VERSIONS:
         text = f"HTTP/{version[0]}.{version[1]} is not supported; use HTTP/1.1."
         raise RequestError(Code.UNSUPPORTED_HTTP_VERSION, text)
@@ -131,10 +179,11 @@ def read_head(
         text = "CONNECT is not supported: this is not a tunnel."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
     size = 4 * len(headers)  # with ": " and CRLF
-    last, ids = False, []
+    last, ids, length_at = False, [], -1
+    noted = set()
     forwarded: list[tuple[bytes, bytes]] = []
     named = b""  # in `Connection`: of one hop only (RFC 9110, 7.6.1)
-    for name, value in headers:
+    for at, (name, value) in enumerate(headers):
         size += len(name) + len(value)
         lowered = name.lower()
         if lowered not in _READ:
@@ -145,6 +194,10 @@ def read_head(
             if not _is_host(value):  # RFC 9112, 3.2
                 text = "Host is not a name or an address, with or without a port."
                 raise RequestError(Code.BAD_REQUEST, text)
+        elif lowered == b"content-length":
+            length_at = at
+        elif lowered in _NOTED:
+            noted.add(lowered)
         elif lowered == b"connection":
             named += b"," + value
         elif lowered == b"x-request-id":
@@ -164,7 +217,17 @@ def read_head(
             if name.lower() in _TRACES:
                 traces.append((name.lower(), value))
     trace = _trace_context(traces) if traces else None
-    return Head(last, _harmless_id(ids) if ids else "", lines, trace)
+    return Head(
+        last,
+        _harmless_id(ids) if ids else "",
+        lines,
+        trace,
+        b"expect" in noted,
+        b"x-gollama-priority" in noted,
+        version,
+        headers,
+        length_at,
+    )
 
 
 # The same clients send the same few values again and again.

@@ -35,6 +35,7 @@ from gollama_proxy.edge.auth import (
 from gollama_proxy.scheduling.turns import Priority
 from gollama_proxy.telemetry.accesslog import Record
 from gollama_proxy.wire.errors import Code, HubError, RequestError
+from gollama_proxy.wire.headers import Head, read_head
 from tests.fakes import requests, tokens
 from tests.fakes.cases import case
 from tests.fakes.clock import Clock
@@ -1309,3 +1310,49 @@ hub.reconfigure(Config(secrets=(secret.encode(),)))
 assert hub.authenticate(["Bearer " + mint(secret, "HS256", "eve", 60)]).subject == "eve"
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# --- The next request on a connection -------------------------------------------
+
+
+def head_of(token: str) -> Head:
+    lines = [(b"Authorization", b"Bearer " + token.encode()), (b"Content-Length", b"2")]
+    return read_head("POST", (1, 1), tuple(lines), 1 << 16)
+
+
+def identify(checker: Authenticator, token: str, head: Head) -> str:
+    request = requests.request(headers={"Authorization": f"Bearer {token}"})
+    return checker.identify(request, Record("1", "POST", head=head)).subject
+
+
+def test_a_token_that_was_accepted_is_not_hashed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checker, token = authenticator(), signed()
+    head = head_of(token)
+    assert identify(checker, token, head) == "alice"
+    monkeypatch.setattr(auth, "_digest_of", None)
+    assert identify(checker, token, head) == "alice"
+
+
+def test_an_accepted_token_is_rejected_once_it_has_expired_or_is_revoked() -> None:
+    clock = Clock(NOW)
+    checker, token = authenticator(clock=clock), signed()
+    head = head_of(token)
+    assert identify(checker, token, head) == "alice"
+    checker.revoke(Revoked(subjects=frozenset({"alice"})))
+    with pytest.raises(AuthError):
+        identify(checker, token, head)
+    checker.revoke(Revoked())
+    assert identify(checker, token, head) == "alice"
+    clock.advance(3600 + LEEWAY)
+    for _ in range(2):
+        with pytest.raises(AuthError):
+            identify(checker, token, head)
+
+
+def test_a_rejected_token_leaves_nothing_for_the_next_request() -> None:
+    head = head_of("not a token")
+    with pytest.raises(AuthError):
+        identify(authenticator(), "not a token", head)
+    assert not head.token

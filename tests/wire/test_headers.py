@@ -606,3 +606,61 @@ def test_header_lines_can_lose_those_of_a_trace() -> None:
     traced = b"TraceParent: 1\r\n" + kept + b"tracestate: \r\ntraceparent: 2\r\n"
     assert without_trace(traced) == kept
     assert without_trace(kept) == kept
+
+
+# --- Heads that read alike --------------------------------------------------------
+
+ACCEPT = (b"Accept", b"*/*")
+FIRST = (HOST, (b"Authorization", b"Bearer t"), (b"Content-Length", b"12"), ACCEPT)
+ALIKE = [FIRST, (*FIRST[:2], (b"Content-Length", b"99"), ACCEPT)]
+OTHERS = {
+    "another token": (HOST, (b"Authorization", b"Bearer u"), *FIRST[2:]),
+    "a header before": ((b"Expect", b"100-continue"), *FIRST),
+    "a header after": (*FIRST, (b"X-Request-Id", b"7")),
+    "one less": FIRST[:3],
+    "one instead of the length": (*FIRST[:2], (b"Expect", b"12"), ACCEPT),
+    "one instead of the last": (*FIRST[:3], (b"Expect", b"100-continue")),
+    "a longer length": (*FIRST[:2], (b"Content-Length", b"123"), ACCEPT),
+}
+
+
+def test_a_head_that_differs_in_its_length_alone_is_not_read_again() -> None:
+    first = read_head("POST", (1, 1), FIRST, 1 << 20)
+    for lines in ALIKE:
+        assert read_head("POST", (1, 1), lines, 1 << 20, first) is first
+
+
+@pytest.mark.parametrize("lines", OTHERS.values(), ids=OTHERS)
+def test_a_head_that_differs_otherwise_is_read(lines: Headers) -> None:
+    first = read_head("POST", (1, 1), FIRST, 1 << 20)
+    assert read_head("POST", (1, 1), lines, 1 << 20, first) is not first
+
+
+def test_a_head_of_another_version_is_read() -> None:
+    first = read_head("POST", (1, 1), FIRST, 1 << 20)
+    assert read_head("POST", (1, 0), FIRST, 1 << 20, first) is not first
+
+
+def test_connect_is_rejected_whatever_came_before() -> None:
+    first = read_head("POST", (1, 1), FIRST, 1 << 20)
+    with pytest.raises(RequestError, match="CONNECT"):
+        read_head("CONNECT", (1, 1), FIRST, 1 << 20, first)
+
+
+def test_a_head_without_a_length_is_read_each_time() -> None:
+    lines = (HOST, ACCEPT)
+    first = read_head("GET", (1, 1), lines, 1 << 20)
+    assert read_head("GET", (1, 1), lines, 1 << 20, first) is not first
+
+
+def test_what_is_shown_of_a_head_has_none_of_its_headers() -> None:
+    head = read_head("POST", (1, 1), FIRST, 1 << 20)
+    assert repr(head) == "<Head of 4 headers>"
+
+
+def test_an_expectation_and_a_priority_are_noted() -> None:
+    lines = ((b"expect", b"100-continue"), (b"X-Gollama-Priority", b"batch"))
+    head = read_head("POST", (1, 1), lines, 1 << 20)
+    assert (head.expects, head.prioritised) == (True, True)
+    head = read_head("POST", (1, 1), (HOST,), 1 << 20)
+    assert (head.expects, head.prioritised) == (False, False)
