@@ -49,11 +49,10 @@ from gollama_proxy.proxy.attempt import (
     send,
     takes_comments,
 )
-from gollama_proxy.proxy.body import Body, answer_expectation
+from gollama_proxy.proxy.body import Body, Rewriter, answer_expectation, tally_of
 from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Stream, in_one_piece, open_answer
-from gollama_proxy.proxy.rewrite import Rewriter, tally_of
 from gollama_proxy.proxy.state import Exchange, Running, State, draining, took_too_long
 from gollama_proxy.proxy.tokens import Charges, Fitting
 from gollama_proxy.scheduling.admission import Place

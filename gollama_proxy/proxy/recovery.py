@@ -30,10 +30,10 @@ from gollama_proxy.fleet.breaker import Verdict
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.fleet.worker import LastError, Worker
 from gollama_proxy.proxy.attempt import Failure, failure_of, failure_of_assembly
+from gollama_proxy.proxy.body import Rewriter
 from gollama_proxy.proxy.failures import Cause
 from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_shape_of
-from gollama_proxy.proxy.rewrite import Rewriter
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.telemetry.accesslog import MOST_DETAIL, Outcome
 from gollama_proxy.wire.errors import (

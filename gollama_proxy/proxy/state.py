@@ -34,12 +34,11 @@ if TYPE_CHECKING:
     from gollama_proxy.config.settings import Config
     from gollama_proxy.edge.auth import Principal
     from gollama_proxy.proxy.attempt import Failure, Upload
-    from gollama_proxy.proxy.body import Body
+    from gollama_proxy.proxy.body import Body, Plainly
     from gollama_proxy.proxy.plan import Plan
     from gollama_proxy.proxy.recovery import Resume
     from gollama_proxy.proxy.relay import Relay
     from gollama_proxy.proxy.response import Assembly, Stream
-    from gollama_proxy.proxy.rewrite import Plainly
     from gollama_proxy.scheduling.turns import Subject, Ticket
     from gollama_proxy.telemetry.tracing import Spans
     from gollama_proxy.wire.errors import ProxyError

@@ -20,11 +20,11 @@ from gollama_proxy.fleet.pool import Pool
 from gollama_proxy.fleet.worker import LastError, Worker
 from gollama_proxy.proxy import recovery
 from gollama_proxy.proxy.attempt import Failure, failure_of
+from gollama_proxy.proxy.body import Rewriter
 from gollama_proxy.proxy.failures import Cause, DrainedError
 from gollama_proxy.proxy.plan import PAUSE, Plan
 from gollama_proxy.proxy.recovery import Resume
 from gollama_proxy.proxy.response import Assembly, Stream
-from gollama_proxy.proxy.rewrite import Rewriter
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.scheduling.balancer import RetryBudget
 from gollama_proxy.scheduling.policies import Ask
