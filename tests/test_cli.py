@@ -623,17 +623,19 @@ def test_a_secret_is_new_and_strong_enough(
 
 @pytest.mark.parametrize("mode", [0o644, 0o666, 0o640, 0o600])
 def test_a_secret_file_is_readable_by_its_owner_only(
-    mode: int, environ: dict[str, str], tmp_path: Path, capsys: Output
+    mode: int,
+    environ: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: Output,
 ) -> None:
     """As in `gollama-proxy secret > gollama.secret`; what comes of it can be used."""
     file = tmp_path / "gollama.secret"
     file.touch()
     file.chmod(mode)
-    with file.open("w") as opened:
-        command = [sys.executable, "-m", "gollama_proxy", "secret"]
-        subprocess.run(
-            command, stdout=opened, env=environ, timeout=DEADLINE, check=True
-        )
+    with file.open("w") as opened, monkeypatch.context() as during:
+        during.setattr(sys, "stdout", opened)
+        assert main(["secret"]) == 0
     assert file.stat().st_mode & 0o777 == 0o600
     del environ["GOLLAMA_JWT_SECRET"]
     environ["GOLLAMA_AUTH_SECRET_FILE"] = str(file)

@@ -28,6 +28,7 @@ import pytest
 
 from gollama_proxy import __version__
 from tests.fakes.client import DEADLINE, Wire
+from tests.fakes.hub import mint
 from tests.fakes.process import Program
 from tests.fakes.replies import chunk, done, finish, last_chunk, sse_head, token
 from tests.fakes.script import send, wait
@@ -143,7 +144,7 @@ class Machine:
         self.temporary.mkdir()
         venv.create(folder / "python", symlinks=True)
         self.python = folder / "python" / "bin" / "python"
-        self.run("--version")  # it is unpacked, which takes a while
+        self.first = self.run("--version")  # it is unpacked, which takes a while
 
     def __repr__(self) -> str:
         return f"<Machine {self.folder}>"
@@ -187,7 +188,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 
 def test_one_file_is_all_that_is_needed(machine: Machine) -> None:
-    done = machine.run("--version")
+    done = machine.first
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"gollama-proxy {__version__}\n"
     assert [*machine.folder.iterdir()] == [Path(machine.file)]
@@ -199,14 +200,12 @@ def test_one_file_is_small(machine: Machine) -> None:
 
 
 def test_it_is_unpacked_for_its_user_only(machine: Machine) -> None:
-    machine.run("--version")
     [place] = machine.temporary.glob("gollama-proxy-*")
     assert place.name == f"gollama-proxy-{os.geteuid()}"
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
 def test_the_server_for_several_processes_can_be_started(machine: Machine) -> None:
-    machine.run("--version")
     [place] = machine.temporary.glob("gollama-proxy-*")
     servers = [*place.rglob("valkey-server")]
     if sys.platform == "linux" and platform.machine() == "x86_64":
@@ -228,17 +227,13 @@ def test_a_token_is_made_without_any_other_file(machine: Machine) -> None:
 
 async def test_it_serves_with_an_agent_from_the_same_file(machine: Machine) -> None:
     variables = machine.environ | {"GOLLAMA_JWT_SECRET": SECRET}
-    alice, desk = (
-        machine.run("token", *flags, environ=variables).stdout.strip()
-        for flags in (("--sub", "alice"), ("--sub", "desk", "--scope", "worker"))
-    )
     async with (
         ScriptedWorker() as worker,
         machine.running("serve", "--port", "0", environ=variables) as hub,
     ):
         match = await hub.until(r"listening on (http://127\.0\.0\.1:(\d+))")
         arguments = ("--hub", match[1], "--worker", worker.url)
-        variables["GOLLAMA_TOKEN"] = desk
+        variables["GOLLAMA_TOKEN"] = mint(SECRET, sub="desk", scope="worker")
         async with machine.running("agent", *arguments, environ=variables) as agent:
             await agent.until("registered")
             await until_ready(int(match[2]))
@@ -249,6 +244,7 @@ async def test_it_serves_with_an_agent_from_the_same_file(machine: Machine) -> N
             )
             async with await Wire.connect("127.0.0.1", int(match[2])) as wire:
                 question = {"model": "tiny", "stream": True, "messages": []}
+                alice = mint(SECRET, sub="alice")
                 await wire.post("/v1/chat/completions", question, alice)
                 assert token("a") == await wire.read_event()
                 worker.release("seen")
@@ -288,11 +284,10 @@ async def test_the_demo_prints_commands_that_run_the_same_file(
             await hub.until(rf" {machine.python} {machine.file} top\n")
 
 
-def pythons(machine: Machine) -> Iterator[Path]:
-    """Yield an interpreter of each version that is on this machine."""
+def other_pythons() -> Iterator[Path]:
+    """Yield an interpreter of each other version that is on this machine."""
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
     folders = [Path("/usr/bin"), *Path("~/.pyenv/versions").expanduser().glob("*/bin")]
-    yield machine.python
     for version in {"3.11", "3.12", "3.13"} - {here}:
         programs = (folder / f"python{version}" for folder in folders)
         if program := next(filter(Path.exists, programs), None):
@@ -300,7 +295,8 @@ def pythons(machine: Machine) -> Iterator[Path]:
 
 
 def test_it_starts_with_every_python_that_it_is_for(machine: Machine) -> None:
-    for python in pythons(machine):
+    """As it does with this one, in the tests above."""
+    for python in other_pythons():
         # An event loop, parsers and all other compiled modules are loaded on the way.
         done = machine.run("demo", python=python, environ={"PATH": "/nonexistent"})
         assert done.returncode == 2, python
