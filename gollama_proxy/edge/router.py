@@ -88,8 +88,11 @@ class Router:
         Raises:
             RequestError: 404 or 405.
         """
-        path = request.raw_path.partition("?")[0]
+        path = request.raw_path
         methods = self._routes.get(path)
+        if methods is None:
+            path = path.partition("?")[0]
+            methods = self._routes.get(path)
         if methods is None or path in self._parents:
             path, methods = self._find_parent(path, request.method, record)
         record.route = path

@@ -232,6 +232,7 @@ class Request(BaseRequest):
         "raw_headers",
         "raw_path",
         "remote",
+        "task",
         "version",
     )
 
@@ -254,6 +255,7 @@ class Request(BaseRequest):
         self.raw_headers = message.raw_headers
         self.raw_path = message.path
         self.remote = protocol.remote
+        self.task = task  # type: ignore[misc]  # a property in aiohttp
         self.version = message.version
         protocol.content = content
         if protocol.task is None:

@@ -28,6 +28,7 @@ from gollama_proxy.fleet.state import (
 )
 from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.description import Check, Description
+from gollama_proxy.wire.headers import AnswerHead
 
 if TYPE_CHECKING:
     from gollama_proxy.fleet.pool import Pool
@@ -93,6 +94,7 @@ class Worker(Offer):
     since: float = field(init=False)  # when it entered its state, in monotonic seconds
     deadline: float = math.inf  # when its running requests are broken off
     last_error: LastError | None = None
+    answer_head: AnswerHead | None = None  # of its last answer
     _good: int = 0
     _bad: int = 0
     used_at: float = field(init=False)  # when its last request ended

@@ -151,8 +151,7 @@ class Proxy(Running):
     async def __call__(self, request: Request) -> Sent:
         """Serve one request; every one ends here, with exactly one outcome."""
         x = Exchange(request, self._clock())
-        task = asyncio.current_task()
-        assert task is not None
+        task = request.task
         self._running[task] = x
         try:
             try:

@@ -357,8 +357,10 @@ class Relay:
         self._lease.heard_at = clock()
         self.status = status
         self.headers = headers
-        self.content_type, self.client_fields = read_answer_head(headers)
-        if self.content_type.startswith(b"text/event-stream"):
+        worker = self._lease.worker
+        worker.answer_head = head = read_answer_head(headers, worker.answer_head)
+        self.content_type, self.client_fields = head.content_type, head.lines
+        if head.content_type.startswith(b"text/event-stream"):
             self.is_event_stream = True
             self._gatherer = sse.Gatherer()
 

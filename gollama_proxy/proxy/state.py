@@ -200,7 +200,7 @@ class Exchange(Record):
         return (
             f"{_BEFORE_ID}{self.id}\r\n{self.lines}X-Gollama-Worker: {self.worker}\r\n"
             f"X-Gollama-Attempts: {attempts}\r\n"
-            f"X-Gollama-Queue-Ms: {self.queued * 1000.0:.0f}\r\n"
+            f"X-Gollama-Queue-Ms: {round(self.queued * 1000.0)}\r\n"
         )
 
     @property

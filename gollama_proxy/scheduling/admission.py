@@ -61,6 +61,8 @@ from gollama_proxy.wire.errors import Code, NoWorkerError
 # known; and the most that all versions of the official OpenAI SDK wait for.
 RETRY_AFTER = 2
 RETRY_AFTER_MOST = 60
+# Subjects that are kept while they have no request: most come back at once.
+KEPT = 200
 # Models whose pace and rounds are kept while no request waits for them.
 REMEMBERED = 1000
 # A new measurement counts for an eighth, as TCP smooths its round-trip times
@@ -100,7 +102,8 @@ class Admission:
         self.elsewhere: dict[str, int] = {}
         self._clock = clock
         self._numbers, self._ticks = itertools.count(1), itertools.count(1)
-        self._subjects: dict[str, Subject] = {}  # with requests waiting or running
+        # With requests waiting or running; the first ones stay when they have none.
+        self._subjects: dict[str, Subject] = {}
         self._counts = {priority: Counts() for priority in Priority}
         # By model.  The rounds of a class are kept while any request waits in it: a
         # turn counts until all others had theirs.
@@ -109,7 +112,8 @@ class Admission:
 
     def __repr__(self) -> str:
         counts = " ".join(f"{p}={each.total}" for p, each in self._counts.items())
-        return f"<Admission {counts} subjects={len(self._subjects)}>"
+        subjects = sum(bool(s.running or s.rounds) for s in self._subjects.values())
+        return f"<Admission {counts} subjects={subjects}>"
 
     # --- Being admitted -----------------------------------------------------------
 
@@ -258,8 +262,8 @@ class Admission:
         holder.running -= 1
         if holder.limit:
             holder.review()
-        if not (holder.running or holder.rounds):
-            del self._subjects[holder.name]
+        if len(self._subjects) > KEPT:
+            self._forget(holder)
 
     def limited(self) -> dict[str, int]:
         """Return how many requests run here of each subject that has a limit."""
@@ -486,7 +490,7 @@ class Admission:
         holder.review()
 
     def _forget(self, holder: Subject) -> None:
-        if not holder.running and not holder.rounds:
+        if len(self._subjects) > KEPT and not (holder.running or holder.rounds):
             self._subjects.pop(holder.name, None)
 
     def _rounds_of(self, model: str, priority: Priority) -> Rounds:

@@ -442,6 +442,7 @@ _KEYS = [b'"%b"' % name.encode() for name in Wanted.__struct_fields__]
 _LONG = 2048  # bytes from which searching a body takes longer than copying the rest
 _values_of = msgspec.structs.astuple
 # The letters of the wanted keys are a to z and the underscore.
+_BACKSLASH = ord("\\")  # an int is found in a third of the time of bytes
 _ESCAPED_LETTER = re.compile(rb"\\u00[5-7]")
 _MESSAGES_FIELD = re.compile(rb'"messages"[ \t\r\n]*+:[ \t\r\n]*+')
 _MODEL_FIELD = re.compile(rb'"model"[ \t\r\n]*+:[ \t\r\n]*+(null|"(?:[^"\\]++|\\.)*+")')
@@ -469,7 +470,7 @@ def read_whole(body: bytes) -> Wanted | None:
             body = _without_messages(body, wanted.messages)
     except (msgspec.DecodeError, RecursionError):
         return None
-    if body.find(b"\\u00") >= 0 and _ESCAPED_LETTER.search(body):
+    if _BACKSLASH in body and body.find(b"\\u00") >= 0 and _ESCAPED_LETTER.search(body):
         return None  # an escaped key could hide a second one
     for key in compress(_KEYS, _values_of(wanted)):  # UNSET is false
         if body.count(key) != 1:

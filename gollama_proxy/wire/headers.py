@@ -83,16 +83,14 @@ _SUSPECT = frozenset(
 )
 _LAST = frozenset({b"transfer-encoding", b"upgrade"})
 _NOTED = frozenset({b"expect", b"x-gollama-priority"})
-_READ = FORWARDED.union(
-    _SUSPECT, _NOTED, {b"host", b"connection", b"content-length", b"x-request-id"}
-)
+_READ = FORWARDED.union(_SUSPECT, _NOTED, {b"host", b"connection", b"x-request-id"})
 _VERSIONS = ((1, 0), (1, 1))
 
 
 class Head(msgspec.Struct, gc=False):
     """What the hub reads of a request's head.
 
-    A client repeats most of it on its connection, so the next head often `reads_alike`.
+    A client repeats nearly all of it on its connection.
     """
 
     last: bool  # the connection has to end with this request
@@ -101,33 +99,13 @@ class Head(msgspec.Struct, gc=False):
     trace: TraceContext | None  # the client's, if it has a valid one
     expects: bool  # it has an `Expect`
     prioritised: bool  # it has an `X-Gollama-Priority`
-    # All headers, and where the one is that may differ in the next head
-    _version: tuple[int, int]
-    _headers: Headers
-    _length_at: int
+    version: tuple[int, int]
+    headers: Headers
     # The hash of its token, once that was accepted (`edge/auth.py`)
     token: bytes = b""
 
     def __repr__(self) -> str:  # without the headers, one of which has the token
-        return f"<Head of {len(self._headers)} headers>"
-
-    def reads_alike(self, version: tuple[int, int], headers: Headers) -> bool:
-        """Return whether another head differs from this in its Content-Length alone.
-
-        Both have one of the same number of digits, so the head is as long, too.
-        """
-        at, own = self._length_at, self._headers
-        if at < 0 or len(headers) != len(own) or version != self._version:
-            return False
-        if headers == own:
-            return True
-        name, value = headers[at]
-        return (
-            name == own[at][0]
-            and len(value) == len(own[at][1])
-            and headers[:at] == own[:at]
-            and headers[at + 1 :] == own[at + 1 :]
-        )
+        return f"<Head of {len(self.headers)} headers>"
 
 
 class TraceContext(NamedTuple):
@@ -169,7 +147,8 @@ def read_head(
     if (
         before is not None
         and method != "CONNECT"
-        and before.reads_alike(version, headers)
+        and version == before.version
+        and _read_alike(headers, before.headers)
     ):
         return before
     if version not in _VERSIONS:
@@ -179,11 +158,11 @@ def read_head(
         text = "CONNECT is not supported: this is not a tunnel."
         raise RequestError(Code.METHOD_NOT_ALLOWED, text, allow="GET, POST")
     size = 4 * len(headers)  # with ": " and CRLF
-    last, ids, length_at = False, [], -1
+    last, ids = False, []
     noted = set()
     forwarded: list[tuple[bytes, bytes]] = []
     named = b""  # in `Connection`: of one hop only (RFC 9110, 7.6.1)
-    for at, (name, value) in enumerate(headers):
+    for name, value in headers:
         size += len(name) + len(value)
         lowered = name.lower()
         if lowered not in _READ:
@@ -194,8 +173,6 @@ def read_head(
             if not _is_host(value):  # RFC 9112, 3.2
                 text = "Host is not a name or an address, with or without a port."
                 raise RequestError(Code.BAD_REQUEST, text)
-        elif lowered == b"content-length":
-            length_at = at
         elif lowered in _NOTED:
             noted.add(lowered)
         elif lowered == b"connection":
@@ -226,8 +203,26 @@ def read_head(
         b"x-gollama-priority" in noted,
         version,
         headers,
-        length_at,
     )
+
+
+# Differ from one message to the next on a connection; neither is read here.
+_VARYING = frozenset({b"content-length", b"date"})
+
+
+def _read_alike(headers: Headers, before: Headers) -> bool:
+    """Whether headers differ from those before at most in varying ones, as long."""
+    if headers == before:
+        return True
+    if len(headers) != len(before):
+        return False
+    for (name, value), (other, known) in zip(headers, before, strict=True):
+        if name != other or (
+            value != known
+            and not (len(value) == len(known) and name.lower() in _VARYING)
+        ):
+            return False
+    return True
 
 
 # The same clients send the same few values again and again.
@@ -363,21 +358,31 @@ def to_client(headers: Headers) -> list[tuple[str, str]]:
     ]
 
 
-def read_answer_head(headers: Headers) -> tuple[bytes, str]:
-    """Return the Content-Type of a worker's answer, and the lines that its client gets.
+class AnswerHead(msgspec.Struct, gc=False):
+    """What the hub reads of the head of an answer, from a worker."""
 
-    The Content-Type is in lower case, and empty if there is none; each of the lines is
-    ended by CRLF.
+    content_type: bytes  # in lower case; empty if there is none
+    lines: str  # that the client gets, each ended by CRLF
+    headers: Headers
+
+    def __repr__(self) -> str:
+        return f"<AnswerHead of {len(self.headers)} headers>"
+
+
+def read_answer_head(headers: Headers, before: AnswerHead | None = None) -> AnswerHead:
+    """Read the head of an answer.
+
+    `before` is that of another answer from the worker, which is returned for one that
+    reads alike.
     """
-    # Workers send the same ones again and again, but for these two.
+    if before is not None and _read_alike(headers, before.headers):
+        return before
+    # Workers send the same ones again and again, but for the varying ones.
     lasting = []
     for field in headers:  # cheaper than a comprehension
         if field[0].lower() not in _VARYING:
             lasting.append(field)  # noqa: PERF401
-    return _read_answer_head(tuple(lasting))
-
-
-_VARYING = frozenset({b"content-length", b"date"})  # never passed on
+    return AnswerHead(*_read_answer_head(tuple(lasting)), headers)
 
 
 @functools.lru_cache(maxsize=256)

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from gollama_proxy.config.settings import Queue
 from gollama_proxy.scheduling.admission import (
     FRESH,
+    KEPT,
     RETRY_AFTER,
     RETRY_AFTER_MOST,
     Admission,
@@ -104,6 +105,29 @@ def test_a_request_waits_and_runs_and_is_over() -> None:
     assert (ticket.state, admission.running("a")) == (TicketState.DONE, 0)
     assert admission.turns == {INTERACTIVE: 1}
     assert repr(admission) == "<Admission interactive=0 batch=0 subjects=0>"
+
+
+def test_only_so_many_subjects_without_requests_are_kept() -> None:
+    admission = make()
+    for number in range(KEPT + 10):
+        holder = admission.admit(str(number), "m")
+        assert holder is not None
+        admission.release(holder)
+    assert len(admission._subjects) == KEPT
+    assert repr(admission) == "<Admission interactive=0 batch=0 subjects=0>"
+
+
+def test_a_subject_that_comes_back_has_the_limit_of_its_last_request() -> None:
+    admission = make()
+    admission.note_elsewhere({"a": 1})
+    holder = admission.admit("a", "m")
+    assert holder is not None
+    admission.release(holder)
+    assert admission.admit("a", "m", limit=1) is None
+    admission.note_elsewhere({})
+    assert admission.admit("a", "m", limit=1) is holder
+    assert admission.admit("a", "m", limit=1) is None
+    assert admission.admit("a", "m") is holder
 
 
 def test_a_client_that_leaves_while_it_waits_leaves_the_queue() -> None:
@@ -810,7 +834,8 @@ class Admissions(RuleBasedStateMachine):
         assert {each.state for each in self.running} <= {TicketState.RUNNING}
         here = {each.subject for each in self.waiting + self.running}
         here |= {each.name for each in self.admitted}
-        assert self.admission._subjects.keys() == here
+        subjects = self.admission._subjects.items()
+        assert {name for name, each in subjects if each.running or each.rounds} == here
 
     @invariant()
     def what_could_go_in_is_wanted(self) -> None:

@@ -17,6 +17,7 @@ from gollama_proxy.wire.headers import (
     OWNED,
     Headers,
     TraceContext,
+    read_answer_head,
     read_head,
     to_client,
     trace_lines,
@@ -647,10 +648,26 @@ def test_connect_is_rejected_whatever_came_before() -> None:
         read_head("CONNECT", (1, 1), FIRST, 1 << 20, first)
 
 
-def test_a_head_without_a_length_is_read_each_time() -> None:
-    lines = (HOST, ACCEPT)
-    first = read_head("GET", (1, 1), lines, 1 << 20)
-    assert read_head("GET", (1, 1), lines, 1 << 20, first) is not first
+def test_a_head_without_a_length_is_not_read_again_either() -> None:
+    first = read_head("GET", (1, 1), (HOST, ACCEPT), 1 << 20)
+    assert read_head("GET", (1, 1), (HOST, ACCEPT), 1 << 20, first) is first
+
+
+ANSWER = [(b"Content-Type", b"Text/JSON"), (b"Date", b"1"), (b"X-Seed", b"7")]
+
+
+def test_the_head_of_an_answer_is_read_again_if_more_than_its_date_differs() -> None:
+    first = read_answer_head(ANSWER)
+    assert (first.content_type, first.lines) == (
+        b"text/json",
+        "Content-Type: Text/JSON\r\nX-Seed: 7\r\n",
+    )
+    assert repr(first) == "<AnswerHead of 3 headers>"
+    later = [ANSWER[0], (b"Date", b"2"), ANSWER[2]]
+    assert read_answer_head(later, first) is first
+    other = [*ANSWER[:2], (b"X-Seed", b"8")]
+    found = read_answer_head(other, first)
+    assert found.lines == "Content-Type: Text/JSON\r\nX-Seed: 8\r\n"
 
 
 def test_what_is_shown_of_a_head_has_none_of_its_headers() -> None:
