@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import gc
 import multiprocessing
 import os
@@ -182,6 +183,7 @@ class Trial:
         tree = ast.parse(source)
         functions = _functions(compile(tree, str(self._file.resolve()), "exec"))
         live = _live_functions(self._file)
+        _clear_caches()
         gc.freeze()
         for mutant in list(find_mutants(tree))[:: self._every]:
             original = functions[mutant.function]
@@ -306,6 +308,13 @@ def _live_functions(file: Path) -> dict[tuple[str, int], list[types.FunctionType
             code = each.__code__
             found.setdefault((code.co_qualname, code.co_firstlineno), []).append(each)
     return found
+
+
+def _clear_caches() -> None:
+    """Forget the results of functions, which a mutant would not compute again."""
+    for each in gc.get_objects():
+        if isinstance(each, functools._lru_cache_wrapper):
+            each.cache_clear()
 
 
 # Mutants.

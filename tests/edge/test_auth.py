@@ -1168,9 +1168,13 @@ def test_the_token_of_a_request_is_found_without_being_checked() -> None:
     for headers in ({"Authorization": "Bearer a.b.c"}, {"X-Api-Key": "a.b.c"}):
         assert who.token_in(requests.request(headers=headers)) == "a.b.c"
     differing = {"Authorization": "Bearer a.b.c", "X-Api-Key": "other"}
-    for headers in (differing, {}):
-        with pytest.raises(AuthError):
+    for headers, why in (
+        (differing, "Authorization and x-api-key differ"),
+        ({}, "0 Authorization headers"),
+    ):
+        with pytest.raises(AuthError) as caught:
             who.token_in(requests.request(headers=headers))
+        assert caught.value.detail == why
     assert authenticator(mode="off").token_in(requests.request()) == ""
 
 

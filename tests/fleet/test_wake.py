@@ -233,18 +233,18 @@ def test_each_time_to_wake_counts_half(
 ) -> None:
     [worker] = fleet.workers
     caplog.set_level("INFO", "gollama_proxy.fleet.wake")
-    for seconds in 40, 10, 25:  # taken to be 40, then 25, and 25 again
+    for seconds in 40, 10, 15:  # taken to be 40, then 25, then 20
         fleet.wake_and_rise(worker, seconds)
         worker.observe(Check.FAILED, "no answer")
     assert caplog.messages == [
         "worker w0: woke within 40 s",
         "worker w0: woke within 10 s",
-        "worker w0: woke within 25 s",
+        "worker w0: woke within 15 s",
     ]
     fleet.packets.clear()
-    fleet.check(25)
+    fleet.check(20)
     assert not fleet.packets
-    fleet.check(25.1)
+    fleet.check(20.1)
     assert fleet.packets == ["w0"]
 
 
