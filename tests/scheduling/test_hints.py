@@ -380,6 +380,16 @@ def test_a_copy_has_the_turns_since_the_last_and_the_breakers_that_are_open() ->
     assert one.hints.copy() is None
 
 
+def test_a_copy_of_a_hub_that_may_be_broken_itself_has_no_breakers() -> None:
+    one, _, _ = two()
+    one.serve(1)
+    one.breaks(0)
+    deliver(one)
+    one.breaks(1)
+    one.breaks(2)
+    assert one.hints.copy() is None
+
+
 def test_a_copy_has_the_breakers_of_models() -> None:
     one, _, _ = two()
     one.serve(1)

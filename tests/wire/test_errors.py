@@ -110,6 +110,11 @@ def test_the_body_has_the_shape_of_the_openai_api() -> None:
     }
 
 
+def test_an_error_may_have_further_fields() -> None:
+    error = RequestError(Code.CONTEXT_LENGTH, "Too long.", fields={"n_ctx": 4096})
+    assert decoded(error.body())["error"]["n_ctx"] == 4096
+
+
 def test_all_four_keys_are_there_even_when_they_are_null() -> None:
     assert decoded(error_body("m", "t", None)) == {
         "error": {"message": "m", "type": "t", "param": None, "code": None}

@@ -12,6 +12,7 @@ from gollama_proxy.wire.errors import (
     Overflow,
     WorkerError,
     status_body,
+    status_of,
     write_error_event,
 )
 from gollama_proxy.wire.schema import Api, Ending
@@ -115,6 +116,56 @@ def test_the_event_of_responses_goes_on_counting() -> None:
         "param": None,
         "sequence_number": 43,
     }
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (
+            b'{"error":{"message":"no","type":"server_error","code":500}}',
+            "server_error",
+        ),
+        (b'{"error":{"message":"no","type":7,"code":500}}', None),
+        (b'{"error":"no"}', None),
+    ],
+)
+def test_the_event_of_responses_has_a_name_for_its_code(
+    body: bytes, code: str | None
+) -> None:
+    event = json.loads(write_error_event(Api.RESPONSES, 500, body)[19:])
+    assert event == {
+        "type": "error",
+        "code": code,
+        "message": "no",
+        "param": None,
+        "sequence_number": 0,
+    }
+
+
+def test_an_error_without_a_reason_has_all_fields() -> None:
+    event = write_error_event(Api.OPENAI, 502, b"<html>")
+    assert json.loads(event.removeprefix(b"data: ")) == {
+        "error": {
+            "message": (
+                "A worker refused the request without a reason that could be read."
+            ),
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        *((400, 400), (429, 429), (503, 503), (599, 599)),
+        *((399, 500), (600, 500), (200, 500), ("503", 500), (None, 500)),
+    ],
+)
+def test_the_status_of_an_event_is_its_code(code: object, status: int) -> None:
+    body = json.dumps({"error": {"message": "no", "code": code}}).encode()
+    assert status_of(body) == status
 
 
 def test_an_event_without_an_end_is_not_held_without_limit() -> None:
@@ -292,7 +343,7 @@ def test_a_type_or_a_code_is_enough(field: str, name: str) -> None:
     ("counts", "expected"),
     [
         ({"n_prompt_tokens": 9, "n_ctx": 5}, (9, 5)),
-        ({"n_ctx": -5}, (0, 0)),
+        ({"n_prompt_tokens": 1, "n_ctx": -5}, (1, 0)),
         ({"n_prompt_tokens": 10**8, "n_ctx": 10**30}, (0, 0)),
         ({"n_prompt_tokens": "9", "n_ctx": True}, (0, 0)),
     ],
