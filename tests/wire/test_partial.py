@@ -225,10 +225,17 @@ def test_a_chunk_of_one_of_several_answers(raw: bytes, why: str) -> None:
     assert caught.value.message.endswith("another worker could not continue it.")
 
 
-@pytest.mark.parametrize("error", [{"message": "out of memory"}, "out of memory"])
-def test_an_error_is_the_workers_own(error: Any) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"error": {"message": "out of memory"}},
+        {"error": "out of memory"},
+        {"object": "error", "message": "out of memory", "code": 500},  # vLLM
+    ],
+)
+def test_an_error_is_the_workers_own(error: dict[str, Any]) -> None:
     with pytest.raises(WorkerError) as caught:
-        read_event(dump({"error": error}))
+        read_event(dump(error))
     assert not isinstance(caught.value, DivergedError)
     assert caught.value.code is Code.WORKER_INCOMPLETE
     assert caught.value.detail == "", "it may quote a prompt, and would be logged"
@@ -375,6 +382,20 @@ def test_a_cut_at_any_byte_is_mended_or_refused(escape: bool, eol: bytes) -> Non
         for at in range(first, len(stream))
         if stream[at:].startswith(2 * eol)
     )
+
+
+def test_the_last_token_is_halved_where_its_text_was_cut() -> None:
+    stream = chat_stream(["ab", "cd"], reason=None)
+    place = stream.index(b'cd"')
+    for cut, text, halved in (
+        (place, "ab", False),
+        (place + 1, "abc", True),
+        (place + 2, "abcd", True),  # more may have come
+        (place + 3, "abcd", False),
+        (len(stream), "abcd", False),
+    ):
+        partial = parsed(stream[:cut])
+        assert (partial.text, partial.halved) == (text, halved), cut
 
 
 def test_a_text_completion_that_was_cut_is_mended() -> None:
