@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
-from aiohttp import HttpVersion10, web
+from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
 
 from gollama_proxy.config.settings import Config, Server
 from gollama_proxy.edge.response import CLOSE, KEEP, Response, Sent
@@ -62,11 +62,34 @@ class Stage:
             clock=self.clock,
         )
 
-    def request(self, method: str = "POST", **more: Any) -> web.Request:
-        return requests.request(method, PATH, transport=self.client, **more)
+    def request(
+        self,
+        method: str = "POST",
+        headers: Mapping[str, str] | None = None,
+        version: HttpVersion = HttpVersion11,
+    ) -> Any:
+        """Make a request on a new connection, as a `Request` of the server has it."""
+        made = requests.request(method, PATH, headers, version=version)
+        return SimpleNamespace(
+            connection=SimpleNamespace(head=None),
+            content=made.content,
+            headers=made.headers,
+            keep_alive=made.keep_alive,
+            method=method,
+            raw_headers=made.raw_headers,
+            raw_path=PATH,
+            remote="",
+            transport=self.client,
+            version=version,
+            writer=made.writer,
+        )
 
     async def serve(self, method: str = "POST", **more: Any) -> Sent:
-        return await self.proxy(self.request(method, **more))
+        return await self.pass_on(self.request(method, **more))
+
+    async def pass_on(self, request: Any) -> Sent:
+        request.task = asyncio.current_task()
+        return await self.proxy(request)
 
     @property
     def record(self) -> Exchange:
@@ -145,8 +168,8 @@ async def test_a_slow_client_is_waited_for() -> None:
 
     stage.client.unread = 1
     request = stage.request()
-    cast(Any, request.writer).drain = drain
-    assert await stage.proxy(request) is KEEP
+    request.writer.drain = drain
+    assert await stage.pass_on(request) is KEEP
     assert drained.is_set()
 
 
@@ -158,8 +181,8 @@ async def test_a_slow_client_may_leave() -> None:
 
     stage.client.unread = 1
     request = stage.request()
-    cast(Any, request.writer).drain = drain
-    assert await stage.proxy(request) is CLOSE
+    request.writer.drain = drain
+    assert await stage.pass_on(request) is CLOSE
     assert stage.record.outcome is Outcome.COMPLETE
 
 
