@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -149,26 +151,42 @@ class Periodic:
 
 
 CUT = signal.SIGUSR1  # of a parent
+# Seconds after a SIGTERM in which another one is the same request.
+SAME = 1.0
 
 
 class Signals:
     """The first SIGINT or SIGTERM requests the end, the second one forces it.
 
     SIGHUP has the settings read again, as in other services.  In a terminal it means
-    that the terminal was closed, and requests the end.
+    that the terminal was closed, and requests the end.  `clock` returns monotonic
+    seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
         self.reload: Callable[[], object] | None = None  # while the hub runs
         self._led = False  # by a parent, see `follow_parent`
+        self._clock = clock
+        self._terminated_at = -math.inf  # when SIGTERM last counted
 
     def receive(self) -> None:
         if not self.asked.is_set():
             self.asked.set()
         elif not self._led:
             self.insisted.set()
+
+    def terminate(self) -> None:
+        """Receive SIGTERM, which may come twice for one request.
+
+        `timeout` sends it to a command and to the group that the command is in, and
+        `make` passes on what its group has got as well.
+        """
+        now = self._clock()
+        if now - self._terminated_at >= SAME:
+            self._terminated_at = now
+            self.receive()
 
     def follow_parent(self) -> None:
         """Have the end forced by `CUT` of the parent, and by no second signal.
@@ -198,7 +216,7 @@ def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
         loop, signals = asyncio.get_running_loop(), Signals()
         handlers = {
             signal.SIGINT: signals.receive,
-            signal.SIGTERM: signals.receive,
+            signal.SIGTERM: signals.terminate,
             signal.SIGHUP: signals.hang_up,
         }
         for number, handler in handlers.items():

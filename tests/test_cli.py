@@ -23,7 +23,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from gollama_proxy import __version__
+from gollama_proxy import __version__, tasks
 from gollama_proxy.children import ChildError
 from gollama_proxy.cli import main
 from gollama_proxy.commands import demo
@@ -37,11 +37,13 @@ from gollama_proxy.config.settings import (
 )
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.state.local import LocalState
-from gollama_proxy.tasks import Signals
+from gollama_proxy.tasks import SAME, Signals
 from gollama_proxy.upstream.probe import Finding
 from gollama_proxy.wire.description import Check, Description, Model
+from tests.fakes.asks import RARELY
 from tests.fakes.authority import Authority
 from tests.fakes.client import Wire
+from tests.fakes.clock import Clock
 from tests.fakes.process import Program, bare, hub_process
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stall
@@ -304,11 +306,41 @@ def test_a_second_signal_cuts(
     assert "no worker can be used" in caplog.text
 
 
+def test_a_signal_that_comes_twice_does_not_cut(
+    stage: type[StageHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def drain(hub: StageHub) -> None:
+        handled = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, handled.set)
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.raise_signal(number)
+        await handled.wait()
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGUSR2)
+
+    monkeypatch.setattr(tasks, "SAME", RARELY)
+    monkeypatch.setattr(stage, "drain", drain)
+    assert main(["serve", "--worker", "http://127.0.0.1:1"]) == 0
+    assert stage.calls == ["start", "ready"]
+
+
 async def test_signals_show_which_were_received() -> None:
     signals = Signals()
     signals.receive()
     assert repr(signals) == "<Signals asked=True insisted=False>"
     signals.receive()
+    assert signals.insisted.is_set()
+
+
+async def test_a_sigterm_soon_after_another_one_is_the_same() -> None:
+    clock = Clock()
+    signals = Signals(clock)
+    signals.terminate()
+    assert signals.asked.is_set()
+    clock.advance(SAME - 0.1)
+    signals.terminate()
+    assert not signals.insisted.is_set()
+    clock.advance(0.1)
+    signals.terminate()
     assert signals.insisted.is_set()
 
 

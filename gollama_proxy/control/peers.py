@@ -2,7 +2,9 @@
 
 A hub asks all others at once through a channel of the store, and waits for half a
 second at most: what arrives by then is merged, and hubs without an answer are named
-(`missing`).  Only what `/admin` shows is asked for, so no secret is in a message.
+(`missing`).  Such a hub may have been killed, and counts as one for some seconds more,
+so the next questions wait for it only briefly, until an answer of it arrives.  Only
+what `/admin` shows is asked for, so no secret is in a message.
 
     channel            message
     PREFIX:peers       a question for all hubs, or for one group of processes
@@ -20,7 +22,7 @@ import logging
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 from msgspec import field
@@ -36,6 +38,7 @@ from gollama_proxy.tasks import spawn
 logger = logging.getLogger(__name__)
 
 PATIENCE = 0.5  # seconds
+BRIEF = 0.05  # seconds for a hub that has not answered the last time
 LONG = 16 << 10  # bytes of a message that is worth compressing
 # A server drops a subscriber for whom more than 8 MiB wait for a minute, or 32 MiB wait
 # (`client-output-buffer-limit pubsub`, Valkey and Redis), so no message comes near.
@@ -123,6 +126,7 @@ class Peers:
         self._clock = clock
         self._number = 0
         self._pending: dict[int, _Pending] = {}
+        self._silent: set[str] = set()  # runs that have not answered the last time
         self._tasks: set[asyncio.Task[None]] = set()  # that read or answer
         self._watchers: dict[str, float] = {}  # run ids, and until when
 
@@ -198,7 +202,9 @@ class Peers:
             return Answers({}, [])
         self._number += 1
         number = self._number
-        asked = self._pending[number] = _Pending(wanted)
+        # What takes long elsewhere is waited for in any case.
+        silent = self._silent if patience is None else ()
+        asked = self._pending[number] = _Pending(wanted, silent)
         question = Question(
             hub=me.run,
             what=what,
@@ -209,9 +215,11 @@ class Peers:
         try:
             if await self._send(self._channel, question):
                 async with asyncio.timeout(patience or self._patience):
-                    await asked.complete.wait()
+                    await asked.expected.wait()
+                    async with asyncio.timeout(BRIEF):
+                        await asked.complete.wait()
         except TimeoutError:
-            pass
+            self._silent = self._members.others.keys() & (self._silent | asked.left)
         finally:
             del self._pending[number]
         missing = [name for run, name in wanted.items() if run not in asked.answers]
@@ -261,6 +269,7 @@ class Peers:
         answer = await self._read(Answer, data)
         if answer is None:
             return
+        self._silent.discard(answer.hub)
         if asked := self._pending.get(answer.number):
             asked.take(answer)
         elif not answer.number and answer.hub in self._members.others:
@@ -326,21 +335,30 @@ class Peers:
 class _Pending:
     """A question that waits for its answers."""
 
-    def __init__(self, wanted: Mapping[str, str]) -> None:
-        self._left = set(wanted)  # run ids
+    def __init__(self, wanted: Mapping[str, str], silent: Iterable[str]) -> None:
+        """Prepare for the answers of these runs, some of which may well be silent."""
+        self.left = set(wanted)
         self.answers: dict[str, Any] = {}
+        self.expected = asyncio.Event()  # all but those have answered
         self.complete = asyncio.Event()
+        self._silent = self.left.intersection(silent)
+        self._note()
 
     def __repr__(self) -> str:
-        return f"<Pending answers={len(self.answers)} left={len(self._left)}>"
+        return f"<Pending answers={len(self.answers)} left={len(self.left)}>"
 
     def take(self, answer: Answer) -> None:
-        if answer.hub not in self._left:
+        if answer.hub not in self.left:
             return
-        self._left.discard(answer.hub)
+        self.left.discard(answer.hub)
         if answer.error:
             logger.info("a hub has no answer: %s", answer.error)
         else:
             self.answers[answer.hub] = answer.value
-        if not self._left:
+        self._note()
+
+    def _note(self) -> None:
+        if self.left <= self._silent:
+            self.expected.set()
+        if not self.left:
             self.complete.set()

@@ -148,7 +148,7 @@ async def test_a_second_signal_does_not_wait_for_answers() -> None:
                 await client.read_head()
                 agent.signal(signal.SIGTERM)
                 await without_worker(hub)
-                agent.signal(signal.SIGTERM)
+                agent.signal(signal.SIGINT)
                 assert await agent.ended() == 1
 
 

@@ -155,7 +155,7 @@ async def test_a_second_signal_cuts_at_once(hub: Hub) -> None:
             silent = await Wire.connect("127.0.0.1", hub.port)
             program.signal(signal.SIGTERM)
             await program.until("draining for 3600 s at most")
-            program.signal(signal.SIGTERM)
+            program.signal(signal.SIGINT)
             ending = await wire.read_to_end()
             assert not ending.clean
             assert b"hub_draining" in ending.raw

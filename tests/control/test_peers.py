@@ -117,6 +117,45 @@ async def test_a_silent_hub_is_missing(tmp_path: Path) -> None:
         assert "c" not in answers.found
 
 
+async def test_a_hub_that_was_silent_is_waited_for_only_briefly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it answers: it may have been held up, and not have been killed."""
+    group = Group(A, B, C)
+    async with stores(tmp_path, 3) as (one, two, three):
+        asking = await group.peer(one, "1", {}, patience=0.01)
+        assert await asking.ask("x") == Answers({}, ["b", "c"])  # not there yet
+        monkeypatch.setattr(asking, "_patience", RARELY)
+        assert await asking.ask("x") == Answers({}, ["b", "c"])
+        await group.peer(two, "2", {"x": lambda _: 7})
+        while "b" in (await asking.ask("x")).missing:
+            pass  # its answer came later, so the next question waits for it
+        assert await asking.ask("x") == Answers({"b": 7}, ["c"])
+        await group.peer(three, "3", {"x": lambda _: 8})
+        while (await asking.ask("x")).missing:
+            pass
+        assert await asking.ask("x") == Answers({"b": 7, "c": 8}, [])
+
+
+async def test_what_takes_long_is_waited_for_after_a_silence(tmp_path: Path) -> None:
+    go = asyncio.Event()
+
+    async def later(_: object) -> int:
+        await go.wait()
+        return 7
+
+    group = Group(A, B)
+    async with stores(tmp_path, 2) as (one, two):
+        asking = await group.peer(one, "1", {}, patience=0.01)
+        assert await asking.ask("x") == Answers({}, ["b"])  # not there yet
+        await group.peer(two, "2", {"reload": later})
+        reload = asyncio.create_task(asking.ask("reload", patience=RARELY))
+        assert await asking.ask("x", patience=RARELY) == Answers({}, ["b"])  # refused
+        assert not reload.done()
+        go.set()
+        assert await reload == Answers({"b": 7}, [])
+
+
 @pytest.mark.parametrize("what", ["fails", "unknown", "long"])
 async def test_a_hub_that_cannot_answer_is_missing_at_once(
     tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
