@@ -15,6 +15,7 @@ from aiohttp import http_parser
 from gollama_proxy.config.values import ConfigError
 from gollama_proxy.edge.server import require_parser
 from tests.fakes.process import bare
+from tests.fakes.waiting import DEADLINE
 
 ROOT = Path(__file__).parent.parent
 # The first version without a hole that is known, and what the last one was.
@@ -69,7 +70,7 @@ def test_a_hub_without_the_parser_in_c_does_not_start() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=20,
+        timeout=DEADLINE,
     )
     assert done.returncode == 2
     assert done.stdout == ""

@@ -48,10 +48,10 @@ from tests.fakes.process import Program, bare, hub_process
 from tests.fakes.replies import chunk, sse_head, token
 from tests.fakes.script import send, stall
 from tests.fakes.valkey import running_store
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker
 
 SECRET = "0123456789abcdef" * 2
-DEADLINE = 20.0
 
 Output = pytest.CaptureFixture[str]
 
@@ -590,7 +590,7 @@ async def test_an_idle_hub_takes_little_memory() -> None:
 def test_authentication_imports_no_server() -> None:
     code = "import sys, gollama_proxy.edge.auth; print('aiohttp' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, check=True, timeout=20
+        [sys.executable, "-c", code], capture_output=True, check=True, timeout=DEADLINE
     )
     assert done.stdout == b"False\n"
 
@@ -611,7 +611,7 @@ assert aiohttp.web_protocol is web_protocol
 from aiohttp import web
 assert web.RequestHandler is web_protocol.RequestHandler
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE)
 
 
 def test_the_systems_certificates_are_loaded_only_when_needed() -> None:
@@ -632,7 +632,7 @@ assert not any(loaded), loaded
 """
     for where in ({}, {"SSL_CERT_FILE": "a", "SSL_CERT_DIR": "b"}):
         command = [sys.executable, "-c", code]
-        subprocess.run(command, env=bare() | where, check=True, timeout=20)
+        subprocess.run(command, env=bare() | where, check=True, timeout=DEADLINE)
 
 
 # --- secret -----------------------------------------------------------------------

@@ -32,7 +32,7 @@ from tests.fakes.asks import CHAT, STREAM, WHOLE
 from tests.fakes.client import Response
 from tests.fakes.hub import SECRET, RunningHub, mint, running_hub
 from tests.fakes.script import chat_stream
-from tests.fakes.waiting import until
+from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 
 STREAMS = 200
@@ -499,7 +499,7 @@ async def test_a_reload_loses_no_running_answer(tmp_path: Path) -> None:
             file.write_text(f"[[workers]]\nurl = '{two.url}'\n")
             changes = await hub.hub.reload()
             assert (changes.added, changes.removed) == ((two.name,), (one.name,))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(DEADLINE):
                 await hub.hub.ready()
             wires += await begin(hub, 20)
             assert share(hub) == {one.name: STREAMS + 1, two.name: 20}

@@ -71,7 +71,7 @@ async def test_a_client_that_leaves_gives_its_slot_back() -> None:
         await asyncio.wait_for(long.started, DEADLINE)
         waits.give_up()
         long.give_up()
-        _, late = await asyncio.wait(tasks, timeout=10)
+        _, late = await asyncio.wait(tasks, timeout=DEADLINE)
         last.give_up()  # should it still be waiting
         assert not late
     assert (long.flaw, waits.flaw) == ("no end in sight", "no end in sight")

@@ -19,6 +19,7 @@ import pytest
 
 from gollama_proxy.cli import main
 from tests.fakes.process import bare
+from tests.fakes.waiting import DEADLINE
 
 SECRET = "canary-secret-of-the-hub-0123456789"
 KEY = "canary-key-of-a-worker"
@@ -317,7 +318,7 @@ def test_a_process_with_wrong_settings_ends_with_status_2(
             capture_output=True,
             text=True,
             check=False,
-            timeout=20,
+            timeout=DEADLINE,
         )
     assert done.returncode == 2
     assert done.stdout == ""

@@ -19,6 +19,7 @@ import pytest
 from gollama_proxy.wire.assemble import ask_for_stream
 from gollama_proxy.wire.folding import AssemblyError, LostTextError, UnfoldableError
 from gollama_proxy.wire.schema import ENDPOINTS, Ending
+from tests.fakes.waiting import DEADLINE
 from tests.real.gguf_tiny import write_tiny_gguf
 from tests.real.llama import LlamaServer
 
@@ -70,7 +71,7 @@ def thought(text: str, **fields: Any) -> dict[str, Any]:
 
 
 def post(server: LlamaServer, path: str, body: bytes) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=DEADLINE)
     try:
         connection.request("POST", path, body)
         response = connection.getresponse()

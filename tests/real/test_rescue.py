@@ -22,6 +22,7 @@ from gollama_proxy.wire.partial import (
 from gollama_proxy.wire.resume import Resumer
 from tests.fakes.asks import CHAT, TEXT
 from tests.fakes.streams import read_calls
+from tests.fakes.waiting import DEADLINE
 from tests.real.llama import LlamaServer
 
 pytestmark = pytest.mark.real
@@ -97,7 +98,7 @@ def stream_of(server: LlamaServer, path: str, body: bytes) -> list[bytes]:
     head = (
         f"POST {path} HTTP/1.1\r\nHost: worker\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as wire:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE) as wire:
         wire.sendall(head.encode() + body)
         with wire.makefile("rb") as answer:
             assert answer.readline().startswith(b"HTTP/1.1 200"), answer.read()

@@ -101,13 +101,13 @@ async def test_a_router_reports_how_far_it_has_loaded_a_model(
     async def have(path: str, status: str) -> None:
         """Load or unload the model, and wait until that is done."""
         body = b'{"model": "alpha"}'
-        reply = await fetch(target, path, body, limit=MAX_ANSWER, timeout=25)
+        reply = await fetch(target, path, body, limit=MAX_ANSWER, timeout=DEADLINE)
         assert reply.status == 200
         while status not in await models():
             pass
 
     async def models() -> str:
-        reply = await fetch(target, "/models", limit=MAX_ANSWER, timeout=25)
+        reply = await fetch(target, "/models", limit=MAX_ANSWER, timeout=DEADLINE)
         [row] = json.loads(reply.body)["data"]
         return str(row["status"]["value"]).join("<>")
 

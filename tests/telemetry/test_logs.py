@@ -25,7 +25,7 @@ from gollama_proxy.telemetry.lines import (
 )
 from gollama_proxy.telemetry.logs import BatchHandler
 from tests.fakes.clock import Clock
-from tests.fakes.waiting import until
+from tests.fakes.waiting import DEADLINE, until
 from tests.telemetry.test_lines import raised
 
 # --- Configuration ----------------------------------------------------------------
@@ -457,7 +457,7 @@ def test_lines_about_requests_are_written_together(
 
 async def test_a_line_is_written_without_another_one_to_follow(pipe: Pipe) -> None:
     pipe.add()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while not (lines := pipe.lines()):
             await asyncio.sleep(0.001)
     assert lines == ["info request"]

@@ -21,6 +21,7 @@ from gollama_proxy.upstream.names import ServerAddress, admitted, look_up, resol
 from gollama_proxy.upstream.pool import RESOLVED_FOR, Target, connect
 from gollama_proxy.upstream.probe import magic_packet, send_magic
 from tests.fakes.clock import Clock
+from tests.fakes.waiting import DEADLINE
 from tests.fakes.worker import ScriptedWorker, full_backlog
 
 Found = list[tuple[Any, ...]]
@@ -278,7 +279,7 @@ MAC = "00:11:22:aa:bb:cc"
 def receiver() -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
-        sock.settimeout(10)
+        sock.settimeout(DEADLINE)
         yield sock
 
 
