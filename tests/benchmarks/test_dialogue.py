@@ -26,7 +26,7 @@ def test_the_same_seed_gives_the_same_dialogues() -> None:
 
 
 def test_half_of_the_requests_are_single_questions() -> None:
-    sizes = [len(each.questions) for each in islice(dialogues("1"), 4000)]
+    sizes = [len(each.questions) for each in islice(dialogues("1"), 1000)]
     single = sum(size == 1 for size in sizes) / sum(sizes)
     assert 0.45 < single < 0.55
     assert set(sizes) == {1, *TURNS}

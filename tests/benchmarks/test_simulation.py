@@ -13,13 +13,13 @@ from benchmarks.simulation import Result, simulate
 @cache
 def busy(name: str) -> Result:
     """Let twelve clients ask three workers with eight slots, without a pause."""
-    return simulate(POLICIES[name], SMALL, 1500, 1.0, seed=1, clients=12)
+    return simulate(POLICIES[name], SMALL, 1000, 1.0, seed=1, clients=12)
 
 
 @cache
 def idle(name: str) -> Result:
     """Send so few requests that there are always free slots."""
-    return simulate(POLICIES[name], SMALL, 1500, 0.3, seed=1)
+    return simulate(POLICIES[name], SMALL, 1000, 0.3, seed=1)
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
