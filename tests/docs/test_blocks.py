@@ -26,6 +26,7 @@ from gollama_proxy.config.load import load
 from tests.browser.fleet import settings_file
 from tests.docs.blocks import SHOWN, Block, blocks
 from tests.docs.parts import ROOT, name_of
+from tests.fakes import forked, forks
 from tests.fakes.authority import Authority
 from tests.fakes.hub import SECRET, RunningHub, running_hub
 from tests.fakes.script import chat_stream
@@ -38,6 +39,7 @@ ALIASES = {"gpt-4o-mini": MODELS[0]}
 ANSWER = ("The", " sea", " is", " deep", ".")
 CHECKED = ("shell", "console", "python", "toml", "json", "yaml")
 ONLY_SHOWN = ("text", "mermaid", "html", "ini", "nginx")
+FORKED = forked.__file__
 # For a script of many commands, each of which starts a program.
 PATIENCE = 4 * DEADLINE
 # What a block may change of the environment of those behind it.
@@ -71,6 +73,7 @@ class Desk:
             *("bash", "-c", script),
             cwd=self.folder,
             env={},
+            pass_fds=[forks.orders()],
             start_new_session=True,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -97,7 +100,10 @@ class Desk:
 
 
 @contextlib.asynccontextmanager
-async def running_desk(folder: Path, authority: Authority) -> AsyncIterator[Desk]:
+async def running_desk(
+    folder: Path, authority: Authority, *, forked: bool
+) -> AsyncIterator[Desk]:
+    """Prepare all that is shown; the program is `forked`, or what is installed."""
     async with (
         ScriptedWorker(*MODELS) as desktop,
         ScriptedWorker(*MODELS) as mac,
@@ -120,6 +126,9 @@ async def running_desk(folder: Path, authority: Authority) -> AsyncIterator[Desk
             desk = Desk(folder, places)
             for name, value in environ(hub, folder).items():
                 desk.export(name, value)
+            if forked:
+                program = f"{sys.executable} -IS {FORKED}"
+                write_program(folder / "programs" / "gollama-proxy", program)
             yield desk
 
 
@@ -127,13 +136,13 @@ def environ(hub: RunningHub, folder: Path) -> dict[str, str]:
     programs = folder / "programs"
     programs.mkdir()
     make = require("make", package="make")
-    (programs / "make").write_text(f'#!/bin/sh\nexec {make} -nC {ROOT} "$@"\n')
-    (programs / "make").chmod(0o755)
+    write_program(programs / "make", f"{make} -nC {ROOT}")
     (folder / "examples").symlink_to(ROOT / "examples")
     paths = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
     return {
         "PATH": os.pathsep.join(paths),
         "HOME": str(folder),
+        "FORKS": str(forks.orders()),
         "GOLLAMA_HUB": hub.url,
         "GOLLAMA_JWT_SECRET": SECRET,
         "GOLLAMA_SERVER_PORT": "0",
@@ -141,6 +150,12 @@ def environ(hub: RunningHub, folder: Path) -> dict[str, str]:
         "GOLLAMA_TOKEN": hub.token("operator", scope="admin"),
         "OPENAI_BASE_URL": f"{hub.url}/v1",
     }
+
+
+def write_program(file: Path, command: str) -> None:
+    """Write a program that runs another command, with the same arguments."""
+    file.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    file.chmod(0o755)
 
 
 # --- Blocks -----------------------------------------------------------------------
@@ -160,7 +175,8 @@ async def test_the_blocks_of_a_page_work(
         require("curl", package="curl")
     for name in ("hub", "clients"):
         authority.issue(file=name)
-    async with running_desk(tmp_path, authority) as place:
+    first = page == SHOWN[0]  # whose commands are run as they are
+    async with running_desk(tmp_path, authority, forked=not first) as place:
         for block in tried:
             try:
                 await try_out(block, place)

@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from io import RawIOBase
 from pathlib import Path
@@ -145,6 +146,14 @@ async def start(
     return process
 
 
+def orders() -> int:
+    """Return the descriptor over which `forked.py` has the program run.
+
+    Each order is one message, so that several processes may write to it.
+    """
+    return _server().orders.fileno()
+
+
 # --- The server -------------------------------------------------------------------
 
 
@@ -161,7 +170,7 @@ class _Server:
     """Our side of the server, which ends with this process."""
 
     def __init__(self) -> None:
-        self._orders, theirs = socket.socketpair()
+        self.orders, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
@@ -176,11 +185,11 @@ class _Server:
 
     def send(self, order: _Order, descriptors: Sequence[int]) -> None:
         data = json.dumps(order).encode()
-        socket.send_fds(self._orders, [len(data).to_bytes(4, "big")], descriptors)
-        self._orders.sendall(data)
+        message = len(data).to_bytes(4, "big") + data
+        socket.send_fds(self.orders, [message], descriptors)
 
     def _end(self) -> None:
-        self._orders.close()
+        self.orders.close()
         self._process.wait()
 
 
@@ -272,15 +281,38 @@ def _become(order: _Order, descriptors: list[int]) -> None:
     os.chdir(order.cwd)
     sys.path[0] = order.cwd
     sys.argv[1:] = order.arguments
+    gc.unfreeze()
     gc.enable()
 
 
 def main() -> None:
     gc.disable()  # as while a command imports what it needs
     _load()
+    gc.freeze()  # so that no fork goes through all of it at its first collection
     order = _serve(socket.socket(fileno=int(sys.argv[1])))
+    status: object = None
     if order is not None:
-        runpy.run_module(order.module, run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module(order.module, run_name="__main__", alter_sys=True)
+        except SystemExit as exc:
+            status = exc.code
+    _end(status)
+
+
+def _end(status: object) -> None:
+    """End as `sys.exit(status)` does, but without taking all apart.
+
+    Every object of all modules would be touched, and its memory copied, which takes
+    longer than most commands.
+    """
+    if isinstance(status, int | None):
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):  # which Python then reports
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit((status or 0) & 0xFF)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
