@@ -33,7 +33,7 @@ from tests.fakes.waiting import until
 # One store and two hubs for most of the stories.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-SLOTS, CLIENTS = 4, 200
+SLOTS, CLIENTS = 4, 120
 PACE = 0.005  # seconds of an answer
 
 

@@ -155,11 +155,16 @@ def chunks_of(raw: bytes) -> list[bytes]:
     return chunks
 
 
+_TEXTS: dict[str, str] = {}  # of the model, the same for all tests
+
+
 async def unbroken(hub: RunningHub) -> dict[str, str]:
     """Return the answers as they are when nothing happens to them."""
-    answers = [await reported(hub, prompt) for prompt in PROMPTS]
-    assert not any(each.rescued for each in answers)
-    return {prompt: each.text for prompt, each in zip(PROMPTS, answers, strict=True)}
+    if not _TEXTS:
+        answers = await asyncio.gather(*(reported(hub, each) for each in PROMPTS))
+        assert not any(each.rescued for each in answers)
+        _TEXTS.update(zip(PROMPTS, (each.text for each in answers), strict=True))
+    return _TEXTS
 
 
 # A test that was held up may find that answers had ended before; then it tries again.
@@ -184,11 +189,11 @@ async def hit_in_mid_answer(
 async def test_answers_are_complete_although_a_worker_is_killed(
     brisk_model: Path, llama_server: Start
 ) -> None:
-    """Fifteen at once on three workers, each the same to the last character."""
+    """Ten at once on three workers, each the same to the last character."""
     servers = [llama_server(brisk_model, slots=16, ctx=16 * 256) for _ in range(3)]
     async with running_hub(*servers, **RESCUE) as hub:
         expected = await unbroken(hub)
-        prompts, lost = PROMPTS * 3, 0
+        prompts, lost = PROMPTS * 2, 0
         victim = hub.hub.registry.workers[0]
 
         def kill() -> None:
@@ -205,7 +210,7 @@ async def test_answers_are_complete_although_a_worker_is_killed(
     assert [each.text for each in results] == [expected[prompt] for prompt in prompts]
     assert all(each.clean for each in results)
     # What had ended, and was still on its way, needed none.
-    assert 0 < sum(each.rescued for each in results) <= lost <= 5
+    assert 0 < sum(each.rescued for each in results) <= lost <= 4
     assert {each.finish_reasons for each in results} == {1}
     assert {each.completion_tokens for each in results} == {TOKENS}
 
