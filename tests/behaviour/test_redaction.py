@@ -141,6 +141,8 @@ def _is_ours(cls: type) -> bool:
 @pytest.fixture
 def witness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Witness]:
     """Configure the log as `serve` does, at debug; all loggers count."""
+    gc.collect()
+    gc.freeze()  # what other tests have left is not looked at
     watching = Witness()
     root = logging.getLogger()
     touched = [root, accesslog.access, logging.getLogger("aiohttp")]

@@ -233,7 +233,7 @@ def test_answers_that_end_by_themselves_are_the_same(
     assert reasons == {"stop", "length"}
 
 
-@pytest.mark.parametrize("format_", ["", "auto", "deepseek", "none"])
+@pytest.mark.parametrize("format_", ["", "deepseek", "none"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -324,7 +324,7 @@ def test_thoughts_of_other_apis_are_the_same(
     thinker: LlamaServer, path: str, text: str
 ) -> None:
     reported = 0
-    for length in itertools.count(1):
+    for length in range(1, 42, 2):
         request = thought(text, max_tokens=length, max_output_tokens=length)
         if path == "/v1/responses":
             request["input"] = request.pop("messages")
@@ -334,9 +334,7 @@ def test_thoughts_of_other_apis_are_the_same(
             reported += 1
         except LostTextError:
             pass
-        if length > 40:
-            break
-    assert reported > 30
+    assert reported > 15
 
 
 STOPS: dict[str, tuple[str, str, dict[str, Any]]] = {
