@@ -8,8 +8,8 @@ object that has nothing left to do (`Sent`).
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import Protocol
 
 import msgspec
 from aiohttp.web_request import BaseRequest
@@ -166,19 +166,42 @@ def error_response(error: ProxyError, api: Api = Api.OPENAI) -> Response:
 # --- The connection of a client, as a relay uses it -------------------------------
 
 
-class Client(msgspec.Struct, frozen=True):
-    """The parts of a client's connection that a relay uses, or memory in its place."""
+class Writable(Protocol):
+    """Takes bytes for a client: its transport, or what changes or keeps them."""
 
-    write: Callable[[bytes], None]
-    drain: Callable[[], Awaitable[None]]
-    buffered: Callable[[], int]  # bytes that wait to be sent
+    def write(self, data: bytes, /) -> None: ...
+
+
+class Pausing(Protocol):
+    """Has been notified whether as much waits to be sent as may (`WRITE_BUFFER`)."""
+
+    @property
+    def paused(self) -> bool: ...
+
+
+class Draining(Protocol):
+    """Waits until most of it has been sent."""
+
+    async def drain(self) -> None: ...
+
+
+class Client(msgspec.Struct, frozen=True):
+    """The parts of a client's connection that a relay uses, or memory in its place.
+
+    They are objects and not their methods, each of which would take 64 bytes for as
+    long as the stream is open.
+    """
+
+    transport: Writable
+    protocol: Pausing
+    writer: Draining
     chunked: bool  # frame each write as a chunk
 
     def send(self, data: bytes) -> None:
         """Queue bytes from the hub; without effect once the client has left."""
         if data:
             try:
-                self.write(frame(data) if self.chunked else data)
+                self.transport.write(frame(data) if self.chunked else data)
             except RuntimeError:
                 pass  # uvloop: it has just been closed
 

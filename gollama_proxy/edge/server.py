@@ -229,6 +229,7 @@ class Request(BaseRequest):
         "headers",
         "keep_alive",
         "method",
+        "protocol",
         "raw_headers",
         "raw_path",
         "remote",
@@ -252,6 +253,7 @@ class Request(BaseRequest):
         self.headers = message.headers
         self.keep_alive = not message.should_close
         self.method = message.method
+        self.protocol = protocol  # type: ignore[misc]
         self.raw_headers = message.raw_headers
         self.raw_path = message.path
         self.remote = protocol.remote
@@ -273,6 +275,7 @@ class _Protocol(RequestHandler):
         "_wire",
         "content",
         "head",
+        "paused",
         "remote",
         "task",
     )
@@ -281,6 +284,7 @@ class _Protocol(RequestHandler):
         super().__init__(server, **server.options())
         self.content: StreamReader | None = None  # the body of the present request
         self.head: Head | None = None  # of the last one
+        self.paused = False  # as much waits to be sent to the client as may
         self.remote = ""  # the client's address
         self.task: asyncio.Task[None] | None = None  # it serves all requests
         self._held = False  # nothing is read from the client
@@ -319,10 +323,12 @@ class _Protocol(RequestHandler):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.paused = True
         self._expect_progress(self._patience)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.paused = False
         self._expect_progress(None)
 
     def serve_in(self, task: asyncio.Task[None]) -> None:

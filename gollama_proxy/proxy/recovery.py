@@ -375,7 +375,7 @@ class Resume:
         )
         comment = f": gollama rescued {self.count + 1} by {worker}\n\n".encode()
         self._splicer = splicer = _Splicer(splice, client, comment, fail)
-        return Client(splicer.write, client.drain, client.buffered, chunked=False)
+        return Client(splicer, client.protocol, client.writer, chunked=False)
 
     def finish(self) -> None:
         """Handle the regular end of the worker's body, and send what is missing.

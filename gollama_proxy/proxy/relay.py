@@ -20,8 +20,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from gollama_proxy.edge.connections import WRITE_BUFFER
-from gollama_proxy.edge.response import Client, ClientStalledError, ReportedError
+from gollama_proxy.edge.response import (
+    Client,
+    ClientStalledError,
+    Pausing,
+    ReportedError,
+    Writable,
+)
 from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.tasks import held_up
 from gollama_proxy.upstream.connection import Connection
@@ -51,7 +56,6 @@ class Relay:
     __slots__ = (
         "_begun",
         "_blocked",
-        "_buffered",
         "_chunked",
         "_clock",
         "_ended",
@@ -64,12 +68,13 @@ class Relay:
         "_kept",
         "_lease",
         "_progress_at",
+        "_protocol",
         "_seen",
         "_tally",
         "_transcript",
+        "_transport",
         "_wakeup",
         "_watches",
-        "_write",
         "body_received",
         "bytes",
         "chunk_received",
@@ -83,6 +88,9 @@ class Relay:
         "opened_at",
         "status",
     )
+
+    _transport: Writable  # of the client, as the next one
+    _protocol: Pausing
 
     def __init__(
         self,
@@ -100,7 +108,7 @@ class Relay:
         self.bytes = 0
         self.events = 0
         self.body_received: Callable[[bytes], None] = self._hold
-        self.chunk_received: Callable[[bytes, int], None] = self._hold_chunk
+        self.chunk_received: Callable[[bytes, bytes], bool] = _leave
         self.connection = connection
         self._lease = lease
         self._endpoint = endpoint
@@ -115,8 +123,6 @@ class Relay:
         self._begun = b""  # an event that may become this error
         self._tally: Tally | None = None  # of choices, where there are several
         self._chunked = False
-        self._write: Callable[[bytes], None] = _ignore
-        self._buffered: Callable[[], int] = int
         self._blocked = False
         self._ended = False  # all of it has come
         self._seen = 0  # events, at the last round of the watchdog
@@ -224,16 +230,16 @@ class Relay:
             ClientStalledError: the client did not read for `write_timeout` seconds.
         """
         self._chunked = client.chunked
-        self._write = client.write
-        self._buffered = client.buffered
+        self._transport, self._protocol = client.transport, client.protocol
         self._kept = keep
         # llama-server sends errors that lie in the answer: another one would send them,
         # too.  Other servers send them when a process of theirs has died.
         self._watches = not (reports or self._lease.worker.is_llama_server)
         self._transcript = Transcript(self._ending, keep)
+        self.body_received, self.chunk_received = self._forward, self._forward_chunk
         if tally is not None and self._has_mark:
             self._tally = tally
-        self._pass_on()
+            self.body_received, self.chunk_received = self._count, _leave
         # Not needed any more, in what may last for minutes.
         self.headers, self._gatherer = (), None
         held, self._held = self._held, _NO_PIECES
@@ -251,7 +257,8 @@ class Relay:
                     self._wakeup = asyncio.get_running_loop().create_future()
                     await self._wakeup
         finally:
-            self.body_received = self.chunk_received = self._write = _ignore
+            self.body_received, self.chunk_received = _ignore, _leave
+            del self._transport  # it may be the stream, which refers to this object
             self.end = self._read_end(began, answers)
         self._finish(client)
 
@@ -284,7 +291,7 @@ class Relay:
         limit = asyncio.timeout(write_timeout)
         try:
             async with limit:
-                await client.drain()
+                await client.writer.drain()
         except TimeoutError:
             if chances and held_up(limit):  # the client may have read in the meantime
                 await self._drain(client, write_timeout, chances - 1)
@@ -393,48 +400,55 @@ class Relay:
         texts = (Ending.BODY, Ending.TRANSCRIPT)  # may begin with any letter
         return self.status == 200 and self._ending not in texts
 
-    def _hold_chunk(self, chunk: bytes, start: int) -> None:
-        self._hold(chunk[start:-2])
-
     def _forward(self, data: bytes) -> None:
-        size = b"%x\r\n" % len(data)
-        self._forward_chunk(b"%b%b\r\n" % (size, data), len(size))
+        head = b"%x\r\n" % len(data)
+        self._forward_chunk(b"%b%b\r\n" % (head, data), head, parsed=True)
         if data[0] != _COLON:
             self.events += data.count(b"data: {") - 1
         if len(data) > TAIL:
             self._transcript.cut()
 
-    def _forward_chunk(self, chunk: bytes, start: int) -> None:
+    def _forward_chunk(
+        self, chunk: bytes, head: bytes, *, parsed: bool = False
+    ) -> bool:
         """Pass a whole chunk on: the path of every token, at a few microseconds each.
 
         Time, bytes, events and the tail are recorded here: a helper would cost as much
         again.  Called as `self._clock()`, a function that is an attribute takes three
         times as long.
         """
-        clock, write, buffered = self._clock, self._write, self._buffered
+        kept, start = self._transcript, len(head)
+        word = chunk[start + kept.before : kept.behind]
+        # Nearly always the chunk is like the last one but for its word.  One comparison
+        # finds that, and that it is framed as it should be, at the cost of a single
+        # `startswith`.
+        if (
+            chunk == b"".join((head, kept.head, word, kept.foot))
+            and LF not in word
+            and not kept.chunks
+        ):
+            kept.words.append(word)
+            if len(kept.words) == MOST_WORDS:
+                kept.fold()
+            self.events += 1  # llama-server sends one in a chunk
+        elif parsed or (chunk.startswith(head) and chunk.endswith(b"\r\n")):
+            if self._watches and self._withholds(chunk[start:-2]):
+                return True
+            kept.add(chunk)
+            if chunk[start] != _COLON:  # a comment, such as a ping, is not an event
+                self.events += 1
+        else:
+            return False
+        clock = self._clock
         self._lease.heard_at = clock()
         self.bytes += len(chunk) - start - 2
-        if chunk[start] != _COLON:  # a comment, such as a ping, is not an event
-            self.events += 1  # llama-server sends one in a chunk
-        kept = self._transcript
-        if chunk.endswith(kept.foot) and chunk.startswith(kept.head, start):
-            word = chunk[start + kept.before : kept.behind]
-            if kept.chunks or LF in word or len(chunk) - start < kept.least:
-                kept.add(chunk)
-            else:  # nearly always
-                kept.words.append(word)
-                if len(kept.words) == MOST_WORDS:
-                    kept.fold()
-        else:
-            if self._watches and self._withholds(chunk[start:-2]):
-                return
-            kept.add(chunk)
         try:
-            write(chunk if self._chunked else chunk[start:-2])
+            self._transport.write(chunk if self._chunked else chunk[start:-2])
         except RuntimeError:
-            return  # uvloop: closed a moment ago; the handler is being cancelled
-        if buffered() > WRITE_BUFFER:
+            return True  # uvloop: just closed; the handler is being cancelled
+        if self._protocol.paused:
             self._block()
+        return True
 
     def _withholds(self, data: bytes) -> bool:
         """Keep the error of a server that has failed; return whether there is one.
@@ -455,45 +469,31 @@ class Relay:
             self._begun = data[begin:]
         elif isinstance(error.code, int) and error.code < 500:
             return False
-        self.events -= 1
-        self.bytes -= len(data)
         if begin:
             self._forward(data[:begin])
         if error is None:
-            self.body_received, self.chunk_received = self._join, self._join_chunk
+            self.body_received, self.chunk_received = self._join, _leave
             return True
         text = f"Worker {self._lease.worker.name} ended the answer with an error"
         if error.message:
             text += f": {error.message[:MOST_MESSAGE]}"
         self.fail(WorkerError(Code.WORKER_INCOMPLETE, text, detail="it sent an error"))
-        self.body_received = self.chunk_received = _ignore
+        self.body_received, self.chunk_received = _ignore, _leave
         return True
-
-    def _pass_on(self) -> None:
-        self.body_received, self.chunk_received = self._forward, self._forward_chunk
-        if self._tally is not None:
-            self.body_received, self.chunk_received = self._count, self._count_chunk
 
     def _join(self, data: bytes) -> None:
         """Take what follows an event that has begun."""
+        begun, self._begun = self._begun, b""
+        self.body_received, self.chunk_received = self._forward, self._forward_chunk
         if self._tally is not None:
+            self.body_received, self.chunk_received = self._count, _leave
             self._tally.feed(data)
-        data, self._begun = self._begun + data, b""
-        self._pass_on()
-        self._forward(data)
-
-    def _join_chunk(self, chunk: bytes, start: int) -> None:
-        self._join(chunk[start:-2])
+        self._forward(begun + data)
 
     def _count(self, data: bytes) -> None:
         assert self._tally is not None, self
         self._tally.feed(data)
         self._forward(data)
-
-    def _count_chunk(self, chunk: bytes, start: int) -> None:
-        assert self._tally is not None, self
-        self._tally.feed(chunk[start:-2])
-        self._forward_chunk(chunk, start)
 
     def _block(self) -> None:
         if not self._blocked:
@@ -505,7 +505,7 @@ class Relay:
         self._ended = True
         # Nothing more comes.  An object that has its own methods as attributes stays in
         # memory until the garbage collector runs.
-        self.body_received = self.chunk_received = _ignore
+        self.body_received, self.chunk_received = _ignore, _leave
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
@@ -522,8 +522,13 @@ class Relay:
             self._wakeup.set_result(None)
 
 
-def _ignore(*body: object) -> None:
+def _ignore(data: bytes) -> None:
     pass
+
+
+def _leave(chunk: bytes, head: bytes) -> bool:
+    """Leave a chunk to the parser, to be received as a part of the body."""
+    return False
 
 
 def _after_blank(data: bytes, end: int) -> int:

@@ -19,6 +19,7 @@ from gollama_proxy.edge.response import (
     CLOSE,
     KEEP,
     Client,
+    Pausing,
     ReportedError,
     Response,
     Sent,
@@ -120,10 +121,10 @@ class Stream:
             endpoint = self._x.endpoint
             if relay.is_event_stream and endpoint.ending is Ending.NAMED:
                 self._filters += (ErrorReshaper(endpoint.api),)
+        client = self._client
         if not self._filters:
-            return self._client
-        drain, buffered = self._client.drain, self._client.buffered
-        return Client(self._filter, drain, buffered, chunked=False)
+            return client
+        return Client(self, client.protocol, client.writer, chunked=False)
 
     def notify(self, comment: str) -> None:
         """Send a comment to a waiting client, after the head of its stream.
@@ -154,14 +155,11 @@ class Stream:
         x.status = status
         self._framed = bool(chunked or length)
         self._transport = transport
-        self._client = Client(
-            transport.write,
-            x.request.writer.drain,
-            transport.get_write_buffer_size,
-            chunked,
-        )
+        protocol: Pausing = x.request.protocol  # type: ignore[assignment]
+        self._client = Client(transport, protocol, x.request.writer, chunked)
 
-    def _filter(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
+        """Take a piece of an answer that passes through filters."""
         for each in self._filters:
             data = each.feed(data)
         self._client.send(data)
@@ -257,9 +255,9 @@ class Assembly:
     def open(self, relay: Relay) -> Client:
         """Return the client for the relay, which writes into memory."""
         self._fail = relay.fail
-        return Client(self.send, _no_wait, int, chunked=False)
+        return Client(self, _MEMORY, _MEMORY, chunked=False)
 
-    def send(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """Take a piece of the stream."""
         if self._error is None:
             try:
@@ -267,6 +265,8 @@ class Assembly:
             except AssemblyError as exc:
                 self._error = exc
                 self._fail(exc)  # else the worker would keep generating in vain
+
+    send = write  # what the hub adds is a part of the stream
 
     def finish(self) -> Response:
         """Return the answer that the stream contains.
@@ -290,8 +290,17 @@ class Assembly:
         return refusal
 
 
-async def _no_wait() -> None:
-    """Memory takes everything at once."""
+class _Memory:
+    """Takes everything at once."""
+
+    __slots__ = ()
+
+    paused = False
+
+    async def drain(self) -> None: ...
+
+
+_MEMORY = _Memory()
 
 
 def _ignore(error: AssemblyError) -> None:

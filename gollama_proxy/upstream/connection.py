@@ -5,9 +5,10 @@ socket: no task, no queue and no future between a worker's token and its client.
 
 The fast path: llama-server writes one chunk for each token, and one read nearly always
 holds exactly that chunk.  For a read of `n` bytes only one canonical chunk head fits
-(RFC 9112, 7.1: the size in hex), so one look into a table recognises a whole chunk.  It
-is passed on as it came, without being parsed or framed again.  The parser does not see
-it and need not: it is between two chunks before and after.  Everything else is parsed.
+(RFC 9112, 7.1: the size in hex), so one look into a table recognises a whole chunk.
+The receiver compares it, together with what it expects of its body, and passes it on as
+it came, without being parsed or framed again.  The parser does not see it and need not:
+it is between two chunks before and after.  Everything else is parsed.
 
 Where llama-server differs from HTTP (see also `pool.py`): it closes the connection
 after every event stream although it has announced keep-alive, loses pipelined requests,
@@ -39,12 +40,12 @@ PAYS_FOR = 16
 MAX_FAST = 4 << 10
 
 
-def _chunk_heads() -> list[bytes | tuple[()]]:
+def _chunk_heads() -> list[bytes]:
     """Return, for each length of a read, the head of the chunk that fills it exactly.
 
-    Where there is none it is an empty tuple, which no bytes start with.
+    Where there is none, it is longer than the read.
     """
-    heads: list[bytes | tuple[()]] = [()] * MAX_FAST
+    heads = [bytes(MAX_FAST)] * MAX_FAST
     for size in range(1, MAX_FAST):
         head = b"%x\r\n" % size
         if (length := len(head) + size + 2) < MAX_FAST:
@@ -64,8 +65,11 @@ class Receiver(Protocol):
 
     def body_received(self, data: bytes) -> None: ...
 
-    def chunk_received(self, chunk: bytes, start: int) -> None:
-        """Receive a part of the body, framed as one chunk: `chunk[start:-2]`."""
+    def chunk_received(self, chunk: bytes, head: bytes) -> bool:
+        """Receive one chunk, if this is one: it has this head, and ends with CRLF.
+
+        Returns whether it was taken.  If not, it is parsed, and its body is received.
+        """
 
     def answer_ended(self) -> None:
         """The answer is complete at the level of HTTP."""
@@ -234,11 +238,9 @@ class Connection(asyncio.Protocol):
             # Bytes without a request: the next one would get them as its answer.
             self.close()
             return
-        if self._between_chunks and len(data) < MAX_FAST:
-            head = _CHUNK_HEADS[len(data)]
-            if data.startswith(head) and data.endswith(b"\r\n"):
-                received = receiver.chunk_received  # see `Relay._forward_chunk`
-                received(data, len(head))
+        if self._between_chunks and (size := len(data)) < MAX_FAST:
+            received = receiver.chunk_received  # see `Relay._forward_chunk`
+            if received(data, _CHUNK_HEADS[size]):
                 return
         self._parse(data, receiver)
 

@@ -412,8 +412,8 @@ class _Events:
         if self._gatherer.size > PIECE:
             self.over.set_exception(FetchError("an event without an end"))
 
-    def chunk_received(self, chunk: bytes, start: int) -> None:
-        self.body_received(chunk[start:-2])
+    def chunk_received(self, chunk: bytes, head: bytes) -> bool:
+        return False
 
     def answer_ended(self) -> None:
         if not self.over.done():
@@ -483,8 +483,8 @@ class _Gathered:
             if len(self._body) > self._limit:
                 self._finish()
 
-    def chunk_received(self, chunk: bytes, start: int) -> None:
-        self.body_received(chunk[start:-2])
+    def chunk_received(self, chunk: bytes, head: bytes) -> bool:
+        return False
 
     def answer_ended(self) -> None:
         self._finish()

@@ -52,6 +52,7 @@ from gollama_proxy.wire.sse import CR, DONE, Gatherer
 
 # Between two words; JSON has control characters escaped.
 _SEPARATOR = b"\x00"
+_COLON = ord(":")
 _MOST_LEARNT = 8  # times; events that keep changing are not worth it
 MOST_WORDS = 16  # that are kept one by one
 _MOST_CHUNKS = 4  # that are kept as they are until they are looked at
@@ -114,7 +115,6 @@ class Transcript:
         "failed",
         "foot",
         "head",
-        "least",
         "limit",
         "marked",
         "words",
@@ -125,9 +125,10 @@ class Transcript:
         self.limit = limit
         self.marked = False  # the mark of the end has come, long before the end
         self.failed = False  # an error has come, the same way
-        # Around the word of an event that is like the last ones.  No chunk ends so.
-        self.head = self.foot = b"\0"
-        self.before, self.behind, self.least = 1, -1, 2  # their lengths
+        # Around the word of an event that is like the last ones, and their lengths.
+        # Until they are known, what is left out for a word is longer than these.
+        self.head = self.foot = b""
+        self.before, self.behind = 1, -1
         self.words: list[bytes] = []
         self.chunks: list[bytes] = []  # framed
         # The words of a batch of chunks that are alike, or the chunks themselves.  A
@@ -155,7 +156,7 @@ class Transcript:
         folded = _SEPARATOR.join(words)
         if folded.count(_SEPARATOR) == len(words) - 1 and CR not in folded:
             self._batches.append(folded)
-            self._size += len(folded) + len(words) * self.least
+            self._size += len(folded) + len(words) * (self.before - self.behind)
             self._trim()
         elif words:  # a line may end in one of them
             around = self.head, self.foot[:-2]
@@ -198,12 +199,11 @@ class Transcript:
     def _learn(self, chunk: bytes) -> None:
         """Learn the bytes around the word of an event, if it has one."""
         word = WORD.search(chunk) if self._learnt < _MOST_LEARNT else None
-        if word is not None:
-            start = chunk.index(b"\n") + 1
+        start = chunk.index(b"\n") + 1
+        if word is not None and chunk[start] != _COLON:  # a comment is not an event
             self._frame = _Frame(chunk[start : word.start(2)], chunk[word.end(2) :])
             self.head, self.foot = head, foot = self._frame
             self.before, self.behind = len(head), -len(foot)
-            self.least = len(head) + len(foot)
             self._learnt += 1
             self._batches.append(self._frame)
 

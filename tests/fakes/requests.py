@@ -40,7 +40,9 @@ def request(
     as most of the tests that need a request.
     """
     transport = Nowhere() if transport is None else transport
-    protocol = SimpleNamespace(ssl_context=None, peername=None, sockname=None)
+    protocol = SimpleNamespace(
+        ssl_context=None, peername=None, sockname=None, paused=False
+    )
     return make_mocked_request(
         method,
         path,

@@ -348,10 +348,13 @@ class Recorder:
         assert data
         self.body += data
 
-    def chunk_received(self, chunk: bytes, start: int) -> None:
-        size = int(chunk[: start - 2], 16)
-        assert len(chunk) == start + size + 2
-        self.body_received(chunk[start:-2])
+    def chunk_received(self, chunk: bytes, head: bytes) -> bool:
+        if not (chunk.startswith(head) and chunk.endswith(b"\r\n")):
+            return False
+        size = int(head[:-2], 16)
+        assert len(chunk) == len(head) + size + 2
+        self.body_received(chunk[len(head) : -2])
+        return True
 
     def answer_ended(self) -> None:
         assert self.end is None, "a second end"

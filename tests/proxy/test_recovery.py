@@ -59,12 +59,13 @@ class Recorder:
     def __init__(self) -> None:
         self.sent = b""
         self.failures: list[ProxyError] = []
-        self.client = Client(self._send, self.drain, lambda: 0, chunked=False)
+        self.client = Client(self, self, self, chunked=False)
+        self.paused = False
 
     def __repr__(self) -> str:
         return f"<Recorder {len(self.sent)} bytes>"
 
-    def _send(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         self.sent += data
 
     async def drain(self) -> None:
@@ -100,8 +101,8 @@ def test_the_whole_answer_is_asked_for_with_the_clients_own_bytes() -> None:
 def test_a_continuation_drains_as_its_client_does_and_has_no_frames() -> None:
     recorder = Recorder()
     client = rest_for(resumed(), recorder)
-    assert client.drain == recorder.drain
-    assert client.buffered is recorder.client.buffered
+    assert client.protocol is recorder
+    assert client.writer is recorder
     assert client.chunked is False
 
 

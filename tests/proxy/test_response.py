@@ -139,15 +139,15 @@ async def test_a_stream_begins_with_its_head(chunked: bool) -> None:
     client = stage.open(received(role()))
     assert stage.stream.begun
     assert repr(stage.stream) == "<Stream begun>"
-    assert (client.chunked, client.buffered()) == (chunked, 0)
+    assert (client.chunked, client.protocol.paused) == (chunked, False)
     assert " 200 " in stage.head.partition("\r\n")[0]
     assert "X-Gollama-Worker: w\r\n" in stage.head
     assert stage.x.status == 200
-    client.write(b"one")
+    client.transport.write(b"one")
     client.send(b"two")
     assert stage.transport.written == b"one" + (chunk(b"two") if chunked else b"two")
-    assert client.buffered() == len(stage.transport.written)
-    await client.drain()
+    assert client.protocol is stage.x.request.protocol
+    await client.writer.drain()
 
 
 @pytest.mark.parametrize(
@@ -384,9 +384,9 @@ async def test_a_whole_is_put_together_from_what_was_written(size: int) -> None:
     assert not client.chunked
     stream = chat_stream(["Good ", "day"], usage=usage_of(3))
     for at in range(0, len(stream), size):
-        client.write(stream[at : at + size])
-        assert client.buffered() == 0
-        await client.drain()
+        client.transport.write(stream[at : at + size])
+        assert not client.protocol.paused
+        await client.writer.drain()
     assert not delivery.begun
     response = delivery.finish()
     assert (response.status, response.fields) == (
@@ -403,7 +403,7 @@ async def test_a_whole_is_put_together_from_what_was_written(size: int) -> None:
 async def test_a_whole_is_of_the_kind_that_its_path_has(route: str) -> None:
     delivery, _ = assembly(route)
     stream = text_stream(["a"]) if route == TEXT else chat_stream(["a"])
-    delivery.open(received()).write(stream)
+    delivery.open(received()).transport.write(stream)
     kind = "text_completion" if route == TEXT else "chat.completion"
     assert (answer_of(delivery))["object"] == kind
 
@@ -412,7 +412,7 @@ async def test_another_worker_may_go_on_with_a_whole() -> None:
     """What the hub adds between the two is a comment, or completes an event."""
     delivery, _ = assembly()
     for_one = delivery.open(received())
-    for_one.write(chat_stream(["Good "], reason=None)[:-1])
+    for_one.transport.write(chat_stream(["Good "], reason=None)[:-1])
     delivery.send(b"\n")
     for_another = delivery.open(received())
     for_another.send(b": gollama rescued 1\n\n")
@@ -437,7 +437,7 @@ async def test_what_makes_up_no_answer_is_an_error_at_its_end(
     """And not in the call that reads from the worker."""
     delivery, x = assembly(limit=4096)
     client = delivery.open(received())
-    client.write(stream)
+    client.transport.write(stream)
     with pytest.raises(AssemblyError, match=why) as caught:
         delivery.finish()
     assert type(caught.value) is error

@@ -111,11 +111,14 @@ class Recorder:
         assert data
         self.parts.append(data)
 
-    def chunk_received(self, chunk: bytes, start: int) -> None:
-        data = chunk[start:-2]
+    def chunk_received(self, chunk: bytes, head: bytes) -> bool:
+        if not (chunk.startswith(head) and chunk.endswith(b"\r\n")):
+            return False
+        data = chunk[len(head) : -2]
         assert chunk == b"%x\r\n%b\r\n" % (len(data), data), "framed otherwise"
         self.whole_chunks += 1
         self.body_received(data)
+        return True
 
     def answer_ended(self) -> None:
         assert self.status, "an end without a head"

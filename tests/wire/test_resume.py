@@ -47,12 +47,9 @@ def pass_on(transcript: Transcript, data: bytes) -> None:
     """Keep a chunk as the relay does: its word alone, if it is like the last ones."""
     framed = chunk(data)
     start = framed.index(b"\n") + 1
-    alike = framed.endswith(transcript.foot) and framed.startswith(
-        transcript.head, start
-    )
     word = framed[start + transcript.before : transcript.behind]
-    short = len(framed) - start < transcript.least
-    if not alike or transcript.chunks or b"\n" in word or short:
+    alike = framed[start:] == transcript.head + word + transcript.foot
+    if not alike or transcript.chunks or b"\n" in word:
         transcript.add(framed)
         return
     transcript.words.append(word)
