@@ -260,19 +260,20 @@ class TimeLimits:
     def check(self, x: Exchange, now: float) -> None:
         """End an attempt that has exceeded a limit."""
         lease, relay = x.lease, x.relay
-        if lease is not None and now >= lease.worker.deadline and lease.result is None:
-            if relay is not None and x.state in _ON_WORKER:
+        if lease is None or relay is None:
+            return  # it has none, or has just ended
+        if now >= lease.worker.deadline and lease.result is None:
+            if x.state in _ON_WORKER:
                 relay.fail(DrainedError(lease.worker.name))
         elif x.state is State.WAITING:
-            self._check_waiting(x, now)
+            self._check_waiting(x, lease, relay, now)
         elif x.state is State.STREAMING:
-            self._check_streaming(x, now)
+            self._check_streaming(x, lease, relay, now)
 
-    def _check_waiting(self, x: Exchange, now: float) -> None:
+    def _check_waiting(
+        self, x: Exchange, lease: Lease, relay: Relay, now: float
+    ) -> None:
         """Check an attempt whose worker has not begun to answer."""
-        relay, lease = x.relay, x.lease
-        assert relay is not None, x
-        assert lease is not None, x
         waited, worker = now - x.waiting_since, lease.worker
         limit = x.config.timeouts.first_token
         if waited >= limit:
@@ -286,11 +287,10 @@ class TimeLimits:
             else:
                 self._notify_progress(x, waited)
 
-    def _check_streaming(self, x: Exchange, now: float) -> None:
+    def _check_streaming(
+        self, x: Exchange, lease: Lease, relay: Relay, now: float
+    ) -> None:
         """Check an answer that is being sent."""
-        relay, lease = x.relay, x.lease
-        assert relay is not None, x
-        assert lease is not None, x
         timeouts = x.config.timeouts
         silent = relay.check(now, timeouts.gap, timeouts.silence)
         if silent > SUSPICIOUS:

@@ -305,6 +305,7 @@ class Proxy(Running):
         x.plan = Plan(pools, endpoint.path, config, budget, self._rng, ask)
         if self.observer is not None:
             self.observer("started", x)
+        result: Response | Sent | Relay | Failure
         try:
             while True:
                 if not self._fitting.is_certain(x):
@@ -318,16 +319,22 @@ class Proxy(Running):
                             raise
                         return recovery.give_up(x)
                 try:
-                    response = await self._attempt(x, lease)
+                    connections = self._connections[lease.worker]
+                    result = await self._attempt(x, lease, connections)
+                    if isinstance(result, Relay):
+                        result = await self._relay(x, lease, result)
                 finally:  # `with lease:` takes two calls more
                     if lease.result is None:
                         lease.release(Result.CLIENT_GONE)
                     if lease.slot:
                         x.slot_seconds += lease.released_at - lease.taken_at
-                if not isinstance(response, Failure):
-                    return response
+                    upload = release(x, connections)
+                    if upload is not None:
+                        await upload.cancel()
+                if not isinstance(result, Failure):
+                    return result
                 final = await recovery.recover(
-                    x, lease.worker, response, self._rewriter, self._clock
+                    x, lease.worker, result, self._rewriter, self._clock
                 )
                 if final is not None:
                     return final
@@ -349,8 +356,13 @@ class Proxy(Running):
 
     # --- One attempt --------------------------------------------------------------
 
-    async def _attempt(self, x: Exchange, lease: Lease) -> Response | Sent | Failure:
-        """Make one attempt; a `Failure` may be followed by another one."""
+    async def _attempt(
+        self, x: Exchange, lease: Lease, connections: ConnectionPool
+    ) -> Response | Relay | Failure:
+        """Make one attempt; return its answer as soon as its beginning is known.
+
+        A `Failure` may be followed by another attempt.
+        """
         worker, body, model = lease.worker, x.body, x.plan.pool.model
         x.plan.begin(worker)
         x.lease = lease
@@ -386,7 +398,6 @@ class Proxy(Running):
             worker.config, x.endpoint.path, forwarded, body.content_type, length, sent
         )
         # Sending it
-        connections = self._connections[worker]
         timer = self._limits.begin(x, lease)
         try:
             relay = await send(
@@ -409,7 +420,7 @@ class Proxy(Running):
             if x.first_byte is None:
                 x.first_byte = now - x.started
             if report is None:
-                return await self._relay(x, lease, relay)
+                return relay
             response = in_one_piece(x, relay)
             self._charges.add(x, relay, report.usage)
             self._complete(x, lease, relay, report.usage)
@@ -427,9 +438,6 @@ class Proxy(Running):
         finally:
             if timer is not None:
                 timer.cancel()
-            upload = release(x, connections)
-            if upload is not None:
-                await upload.cancel()
 
     # --- The answer ---------------------------------------------------------------
 
@@ -442,15 +450,20 @@ class Proxy(Running):
         try:
             client = open_answer(x, relay)
             kept = x.config.rescue.kept if x.sent and x.resume is None else 0
-            answers = body.answers * body.prompts
-            await relay.run(
+            relay.begin(
                 client,
-                x.config.timeouts.write,
                 kept,
                 tally_of(x) if x.choices > 1 else None,
-                answers,
+                body.answers * body.prompts,
                 reports=not (kept and isinstance(x.delivery, Stream)),
             )
+            limit = x.config.timeouts.write
+            try:
+                while (step := relay.next_step(client, limit)) is not None:
+                    await step
+            finally:
+                relay.stop()
+            relay.finish(client)
             if x.resume is not None:
                 x.resume.finish()
                 x.rescued = x.resume.count

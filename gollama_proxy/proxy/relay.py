@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 from gollama_proxy.edge.response import (
@@ -31,7 +31,7 @@ from gollama_proxy.fleet.lease import Lease
 from gollama_proxy.tasks import held_up
 from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.wire import answer, sse
-from gollama_proxy.wire.answer import NO_END, TAIL, End, Tally, read_end
+from gollama_proxy.wire.answer import NO_END, TAIL, Tally, read_end
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.folding import AssemblyError
 from gollama_proxy.wire.headers import read_answer_head
@@ -54,6 +54,8 @@ class Relay:
     """Receives one answer and passes it on."""
 
     __slots__ = (
+        "_answers",
+        "_began",
         "_begun",
         "_blocked",
         "_chunked",
@@ -89,6 +91,7 @@ class Relay:
         "status",
     )
 
+    _answers: int  # to the prompt
     _transport: Writable  # of the client, as the next one
     _protocol: Pausing
 
@@ -104,7 +107,7 @@ class Relay:
         self.is_event_stream = False
         self.headers: Sequence[tuple[bytes, bytes]] = ()
         self.opened_at: float | None = None
-        self.end = NO_END  # known when `run` has returned or raised
+        self.end = NO_END  # known after `stop`
         self.bytes = 0
         self.events = 0
         self.body_received: Callable[[bytes], None] = self._hold
@@ -118,6 +121,7 @@ class Relay:
         self._held_size = 0  # bytes
         self._gatherer: sse.Gatherer | None = None
         self._transcript = _NOTHING
+        self._began = b""  # what it reports at its beginning, if it may
         self._kept = 0  # bytes that may be kept in the transcript
         self._watches = False  # for the error in which a server fails
         self._begun = b""  # an event that may become this error
@@ -206,28 +210,23 @@ class Relay:
 
     # --- The fast path ------------------------------------------------------------
 
-    async def run(
+    def begin(
         self,
         client: Client,
-        write_timeout: float,
         keep: int = 0,
         tally: Tally | None = None,
         answers: int = 1,
         *,
         reports: bool = True,
     ) -> None:
-        """Pass the answer on until it has ended, and remember `keep` bytes of it.
+        """Begin to pass the answer on, and remember `keep` bytes of it.
 
-        A stream that lacks its `[DONE]` but has a finish_reason gets it.  If several
-        choices are requested, a `tally` counts their ends.  However this returns,
-        nothing more is passed on, and `end` is the reading of the last bytes, with the
-        usage of `answers` answers to the prompt.  Without `reports`, the event in which
-        another server than llama-server reports its failure is not passed on.
+        If several choices are requested, a `tally` counts their ends.  The usage at the
+        `end` is that of `answers` answers to the prompt.  Without `reports`, the event
+        in which another server than llama-server reports its failure is not passed on.
 
-        Raises:
-            WorkerError: the answer is not complete; what arrived of it was passed on.
-            AssemblyError: the answer cannot be assembled.
-            ClientStalledError: the client did not read for `write_timeout` seconds.
+        Await what `next_step` returns until it is None, then call `finish`; `stop` in
+        any case.
         """
         self._chunked = client.chunked
         self._transport, self._protocol = client.transport, client.protocol
@@ -235,6 +234,7 @@ class Relay:
         # llama-server sends errors that lie in the answer: another one would send them,
         # too.  Other servers send them when a process of theirs has died.
         self._watches = not (reports or self._lease.worker.is_llama_server)
+        self._answers = answers
         self._transcript = Transcript(self._ending, keep)
         self.body_received, self.chunk_received = self._forward, self._forward_chunk
         if tally is not None and self._has_mark:
@@ -243,24 +243,24 @@ class Relay:
         # Not needed any more, in what may last for minutes.
         self.headers, self._gatherer = (), None
         held, self._held = self._held, _NO_PIECES
-        began = b""
         if self._ending is not Ending.DONE or not self.is_event_stream:
-            began = answer.beginning(b"".join(held))
-        try:
-            for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
-                self.body_received(data)
-            held, data = _NO_PIECES, b""
-            while self._blocked or not (self._ended or self._error):
-                if self._blocked:
-                    await self._drain(client, write_timeout)
-                else:
-                    self._wakeup = asyncio.get_running_loop().create_future()
-                    await self._wakeup
-        finally:
-            self.body_received, self.chunk_received = _ignore, _leave
-            del self._transport  # it may be the stream, which refers to this object
-            self.end = self._read_end(began, answers)
-        self._finish(client)
+            self._began = answer.beginning(b"".join(held))
+        for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
+            self.body_received(data)
+
+    def next_step(self, client: Client, write_timeout: float) -> Awaitable[None] | None:
+        """Return what to wait for next; None once the answer has ended.
+
+        It raises `ClientStalledError` if the client does not read for `write_timeout`
+        seconds.  It is not awaited here: a coroutine takes memory for as long as the
+        stream is open.
+        """
+        if self._blocked:
+            return self._drain(client, write_timeout)
+        if self._ended or self._error is not None:
+            return None
+        self._wakeup = asyncio.get_running_loop().create_future()
+        return self._wakeup
 
     def check(self, now: float, gap: float, silence: float) -> float:
         """Check that the answer makes progress; called about once a second.
@@ -300,8 +300,26 @@ class Relay:
         self._blocked = False
         self.connection.resume_reading()
 
-    def _finish(self, client: Client) -> None:
-        """Raise for an incomplete answer, and add what a complete one may lack."""
+    def stop(self) -> None:
+        """Pass nothing more on, and read the `end`."""
+        self.body_received, self.chunk_received = _ignore, _leave
+        del self._transport  # it may be the stream, which refers to this object
+        kept = self._transcript
+        self.end = end = read_end(
+            kept.tail(), self._ending, self._endpoint.api, self._began, self._answers
+        )
+        end.complete |= kept.marked
+        end.failed |= kept.failed
+        if self._tally is not None and not self._tally.is_complete(done=end.done):
+            end.complete = False
+
+    def finish(self, client: Client) -> None:
+        """Add what a complete answer may lack: a `[DONE]` behind its finish_reason.
+
+        Raises:
+            WorkerError: the answer is not complete; what arrived of it was passed on.
+            AssemblyError: the answer cannot be assembled.
+        """
         if not self._has_mark:
             if self._error is not None:
                 raise self._error
@@ -316,17 +334,6 @@ class Relay:
             raise self._error or self._incomplete()
         if self._ending is Ending.DONE and (rest or not end.done):
             client.send(sse.DONE.removeprefix(rest))
-
-    def _read_end(self, began: bytes, answers: int) -> End:
-        endpoint = self._endpoint
-        end = read_end(
-            self._transcript.tail(), endpoint.ending, endpoint.api, began, answers
-        )
-        end.complete |= self._transcript.marked
-        end.failed |= self._transcript.failed
-        if self._tally is not None and not self._tally.is_complete(done=end.done):
-            end.complete = False
-        return end
 
     @property
     def _has_mark(self) -> bool:
@@ -385,7 +392,7 @@ class Relay:
         self._held_size += len(data)
         if self._held_size > HOLD_LIMIT:
             self.connection.pause_reading()
-            self._blocked = True  # until `run` has made room
+            self._blocked = True  # until `begin` has made room
             self._wake()
         elif self._gatherer is not None:
             events = self._gatherer.feed(data)

@@ -15,6 +15,7 @@ from gollama_proxy.config.settings import COUNTS, Limits, Process, Server
 from gollama_proxy.config.tls import for_server
 from gollama_proxy.edge.connections import (
     LOG_EVERY,
+    WRITE_BUFFER,
     ConnectionLimiter,
     SharedCounts,
     TlsConnection,
@@ -22,7 +23,6 @@ from gollama_proxy.edge.connections import (
     household,
     peer,
 )
-from gollama_proxy.proxy.relay import WRITE_BUFFER
 from tests.fakes.authority import Authority
 from tests.fakes.client import TlsWire
 from tests.fakes.clock import Clock

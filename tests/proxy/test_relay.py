@@ -26,6 +26,7 @@ from gollama_proxy.wire.schema import Ending, Endpoint
 from tests.fakes.cases import case
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker as a_worker
+from tests.fakes.relays import pass_on
 from tests.fakes.replies import (
     chunk,
     done,
@@ -113,7 +114,7 @@ class Stage:
             self.relay.body_received(part)
 
     async def run(self, write_timeout: float = 5.0, keep: int = 0) -> None:
-        await self.relay.run(self.client, write_timeout, keep)
+        await pass_on(self.relay, self.client, write_timeout, keep)
 
     def running(self, keep: int = 0) -> asyncio.Task[None]:
         return asyncio.create_task(self.run(keep=keep))
@@ -1025,7 +1026,7 @@ async def test_no_part_of_a_failure_is_passed_on(
         stage = Stage(chunked=False)
         stage.stream((role() + token("a")).replace(b"\n", eol))
         run = asyncio.create_task(
-            stage.relay.run(stage.client, 5.0, 1 << 20, reports=False)
+            pass_on(stage.relay, stage.client, keep=1 << 20, reports=False)
         )
         await steps()
         for part in filter(None, (failed[:at], failed[at:])):
@@ -1047,7 +1048,7 @@ async def test_events_that_are_split_are_passed_on_in_order(
         stage = Stage(chunked=False)
         stage.stream(role(), token("a"))
         run = asyncio.create_task(
-            stage.relay.run(stage.client, 5.0, 1 << 20, reports=False)
+            pass_on(stage.relay, stage.client, keep=1 << 20, reports=False)
         )
         await steps()
         rest = b"".join(events)
@@ -1064,7 +1065,7 @@ async def test_each_choice_is_counted_although_its_event_is_split() -> None:
     stage.stream(role(), token("a"))
     tally = Tally(Ending.DONE, 1)
     run = asyncio.create_task(
-        stage.relay.run(stage.client, 5.0, 1 << 20, tally, reports=False)
+        pass_on(stage.relay, stage.client, keep=1 << 20, tally=tally, reports=False)
     )
     await steps()
     rest = finish() + done()

@@ -25,6 +25,7 @@ from gollama_proxy.wire.schema import ENDPOINTS
 from tests.fakes import requests
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker
+from tests.fakes.relays import pass_on
 from tests.fakes.replies import chunk, error_event, role, token, usage_of
 from tests.fakes.streams import chat_stream, text_stream
 
@@ -107,7 +108,7 @@ class Stage:
     async def pass_on(self, relay: Relay) -> WorkerError:
         """Pass on what came of an answer, until it breaks off."""
         with pytest.raises(WorkerError) as caught:
-            await relay.run(self.open(relay), 5.0)
+            await pass_on(relay, self.open(relay))
         return caught.value
 
 
