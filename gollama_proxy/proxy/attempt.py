@@ -31,9 +31,9 @@ from gollama_proxy.upstream.connection import Connection
 from gollama_proxy.upstream.pool import ConnectionPool
 from gollama_proxy.wire.answer import (
     AnswerReport,
-    build_of,
     first_model,
     model_of,
+    names_in,
     read_answer,
 )
 from gollama_proxy.wire.errors import (
@@ -441,7 +441,7 @@ def looks_right(
     if report is not None:
         name, build = report.model, report.build
     else:
-        name, build = first_model(held), build_of(held)
+        name, build = names_in(held)
     if build:
         worker.see_build(build)
     return name is None or worker.answer_names.knows(x.model, name)

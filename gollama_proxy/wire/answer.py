@@ -19,6 +19,7 @@ line end.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -146,6 +147,26 @@ MOST_BUILD = 100
 _BUILD = re.compile(
     rb'"system_fingerprint"\s{0,64}:\s{0,64}"([^"\\]{1,%d})"' % MOST_BUILD
 )
+
+
+def names_in(held: bytes) -> tuple[str | None, str]:
+    """Return what `first_model` and `build_of` do, for the first bytes of an answer."""
+    at = held.find(b'"model"')
+    # llama-server writes one behind the other, and the same ones in each answer.
+    names = _neighbours(held[at : at + _NEAR]) if at >= 0 else None
+    return names or (first_model(held), build_of(held))
+
+
+_NEAR = 128  # bytes; generated text begins behind them
+_BOTH = re.compile(
+    rb'"model":"([ -!#-\[\]-~]+)","system_fingerprint":"([^"\\]{1,%d})"' % MOST_BUILD
+)
+
+
+@functools.lru_cache(maxsize=256)
+def _neighbours(fields: bytes) -> tuple[str, str] | None:
+    found = _BOTH.match(fields)
+    return found and (found[1].decode(), found[2].decode(errors="replace"))
 
 
 def first_model(held: bytes) -> str | None:

@@ -190,6 +190,11 @@ class EventFilter(abc.ABC):
 # --- The beginning of a stream ----------------------------------------------------
 
 
+# Generated text cannot be mistaken for it: its quotes are escaped.
+_TEXT = b'"delta":{"content":"'
+_NO_TEXT = (b'"', b"")
+
+
 def opens(events: Sequence[bytes], ending: Ending) -> bool:
     """Return whether one of these events carries content.
 
@@ -197,8 +202,12 @@ def opens(events: Sequence[bytes], ending: Ending) -> bool:
     other than llama-server even before the prompt is read.
     """
     for event in reversed(events):  # the first one often has just the role
+        # As nearly all, without parsing: its text begins, and does not end at once.
+        at = event.find(_TEXT) + len(_TEXT)
+        if at >= len(_TEXT) and event[at : at + 1] not in _NO_TEXT:
+            return True
         if event.startswith(b"data: {") and LF not in event and CR not in event:
-            data: bytes | None = event[6:]  # as nearly all, without a call
+            data: bytes | None = event[6:]  # without a call
         else:
             data = data_of(event)
         if data is not None and _carries(data, ending):

@@ -18,6 +18,7 @@ from gollama_proxy.wire.answer import (
     build_of,
     first_model,
     model_of,
+    names_in,
     read_answer,
     read_tail,
     read_usage,
@@ -427,6 +428,42 @@ def test_the_first_model_is_what_a_plain_expression_finds(parts: list[bytes]) ->
 )
 def test_the_build_that_is_named(held: bytes, build: str) -> None:
     assert build_of(held) == build
+
+
+BOTH = b'"model":"tiny","system_fingerprint":"b1-5"'
+
+
+@pytest.mark.parametrize(
+    ("held", "names"),
+    [
+        (b"{%b}" % BOTH, ("tiny", "b1-5")),
+        (b'{"system_fingerprint":"b1-5","model":"tiny"}', ("tiny", "b1-5")),
+        (b"{%b,%b}" % (BOTH, BOTH.replace(b"tiny", b"other")), ("tiny", "b1-5")),
+        (b'{"model":null,%b}' % BOTH, ("tiny", "b1-5")),
+        (b'{"model":"%b"}' % (b"x" * 200), ("x" * 200, "")),
+        (b'{"model":"tiny","system_fingerprint":""}', ("tiny", "")),
+        (b'{"system_fingerprint":"b1-5"}', (None, "b1-5")),
+        (BOTH[:-1], ("tiny", "")),
+        (b"{}", (None, "")),
+        (b"", (None, "")),
+    ],
+)
+def test_both_names_that_are_first(held: bytes, names: tuple[str | None, str]) -> None:
+    assert names_in(held) == names
+
+
+@given(
+    st.lists(
+        st.sampled_from([b'"model":"', b'","system_fingerprint":"', b'"', b"\\", BOTH])
+        | st.binary(max_size=3),
+        max_size=9,
+    )
+)
+@example([b'"model":"', b"a" * 200, b'","system_fingerprint":"b"'])
+@example([b'"model":"a","system_fingerprint":"', b"b" * 101, b'"'])
+def test_both_names_are_what_each_search_finds(parts: list[bytes]) -> None:
+    held = b"".join(parts)
+    assert names_in(held) == (first_model(held), build_of(held))
 
 
 # --- All that a whole answer reports ----------------------------------------------

@@ -252,11 +252,18 @@ def test_a_role_alone_does_not_begin_an_answer(event: bytes) -> None:
     assert opens(event * 3 + replies.token("a"), Ending.DONE)
 
 
+def test_text_that_quotes_an_event_is_no_content() -> None:
+    quoting = {"choices": [{"delta": {"role": '"delta":{"content":"a'}}]}
+    assert not opens(replies.event(quoting), Ending.DONE)
+
+
 def test_a_stream_begins_with_the_first_event_that_has_something() -> None:
     """Whatever it is: what cannot be read is not ours to judge."""
     for event in [
         replies.token("a"),
         replies.token(" "),
+        replies.token('"'),
+        replies.token("\\"),
         chat(role="assistant", content="a"),
         chat(reasoning_content="hm"),
         chat(reasoning="hm"),
