@@ -45,6 +45,8 @@ MOST_HELD = 100  # pieces that are passed on one by one; more are joined
 _NOTHING = Transcript()  # of a relay that has passed nothing on
 # Of one that holds nothing any more.  All share it, so an append has to fail.
 _NO_PIECES = cast(list[bytes], ())
+# Members of an enum, looked up once ("What Python costs" in benchmarks/RESULTS.md).
+_DONE, _BODY = Ending.DONE, Ending.BODY
 _COLON = ord(":")
 _BLANK = re.compile(rb"\n\r?\n")
 MOST_MESSAGE = 500  # characters of such an error that a client gets
@@ -243,7 +245,7 @@ class Relay:
         # Not needed any more, in what may last for minutes.
         self.headers, self._gatherer = (), None
         held, self._held = self._held, _NO_PIECES
-        if self._ending is not Ending.DONE or not self.is_event_stream:
+        if self._ending is not _DONE or not self.is_event_stream:
             self._began = answer.beginning(b"".join(held))
         for data in held if len(held) <= MOST_HELD else [b"".join(held)]:
             self.body_received(data)
@@ -326,20 +328,20 @@ class Relay:
             return
         end, rest = self.end, self.end.rest
         # An end that broke off within its [DONE] can be completed.
-        whole = not rest or (self._ending is Ending.DONE and sse.DONE.startswith(rest))
+        whole = not rest or (self._ending is _DONE and sse.DONE.startswith(rest))
         if end.failed:  # whatever follows
             text = "The worker ended the answer with an error."
             raise ReportedError(Code.WORKER_INCOMPLETE, text)
         if not (whole and end.complete):
             raise self._error or self._incomplete()
-        if self._ending is Ending.DONE and (rest or not end.done):
+        if self._ending is _DONE and (rest or not end.done):
             client.send(sse.DONE.removeprefix(rest))
 
     @property
     def _has_mark(self) -> bool:
         """Whether this is a stream that has a mark where it is complete."""
         streams = self.is_event_stream and self.status == 200
-        return streams and self._ending is not Ending.BODY
+        return streams and self._ending is not _BODY
 
     def _incomplete(self) -> WorkerError:
         text = (
@@ -404,7 +406,7 @@ class Relay:
 
     def _looks_like_events(self) -> bool:
         """Whether a body that begins like one is a stream without its Content-Type."""
-        texts = (Ending.BODY, Ending.TRANSCRIPT)  # may begin with any letter
+        texts = (_BODY, Ending.TRANSCRIPT)  # may begin with any letter
         return self.status == 200 and self._ending not in texts
 
     def _forward(self, data: bytes) -> None:

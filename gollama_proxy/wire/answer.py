@@ -49,6 +49,7 @@ from gollama_proxy.wire.sse import DONE, Gatherer, data_of, events_in, split_eve
 _Fields = Mapping[str, Any]
 # Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _ANTHROPIC, _NATIVE, _RESPONSES = Api.ANTHROPIC, Api.NATIVE, Api.RESPONSES
+_UNTIL_DONE = Ending.DONE
 
 
 class Prefill(msgspec.Struct, frozen=True, gc=False):
@@ -250,7 +251,7 @@ def read_tail(api: Api, tail: bytes, began: bytes = b"", answers: int = 1) -> Us
         first = _decoded(began)
         first = {k: v for k, v in first.items() if k not in _GENERATED}
         usage = first | {k: v for k, v in usage.items() if v or k not in first}
-    if api is Api.NATIVE:
+    if api is _NATIVE:
         usage |= {k.decode(): int(v) for k, v in _NATIVE_COUNT.findall(tail)}
     return _usage_of(api, usage, timings, answers) if usage or timings else NO_USAGE
 
@@ -447,17 +448,16 @@ def _has_done(tail: bytes) -> bool:
 
 
 def _is_complete(tail: bytes, ending: Ending, *, done: bool) -> bool:
-    match ending:
-        case Ending.DONE:
-            complete = done or _has_reason(tail)
-        case Ending.STOP:
-            complete = b'"stop' in tail and _STOP.search(tail) is not None
-        case Ending.NAMED:
-            complete = b"event:" in tail and _LAST_EVENT.search(tail) is not None
-        case Ending.TRANSCRIPT:
-            complete = done or _TRANSCRIPT_DONE.search(tail) is not None
-        case _:  # the end of the body is the mark
-            complete = True
+    if ending is _UNTIL_DONE:
+        complete = done or _has_reason(tail)
+    elif ending is Ending.STOP:
+        complete = b'"stop' in tail and _STOP.search(tail) is not None
+    elif ending is Ending.NAMED:
+        complete = b"event:" in tail and _LAST_EVENT.search(tail) is not None
+    elif ending is Ending.TRANSCRIPT:
+        complete = done or _TRANSCRIPT_DONE.search(tail) is not None
+    else:  # the end of the body is the mark
+        complete = True
     if not complete or tail.count(b'"index"') == tail.count(b'"index":0'):
         return complete
     # Events may belong to several choices.
