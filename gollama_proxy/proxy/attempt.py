@@ -291,6 +291,9 @@ class TimeLimits:
         self, x: Exchange, lease: Lease, relay: Relay, now: float
     ) -> None:
         """Check an answer that is being sent."""
+        # Not the answer: the timer that would close an idle connection takes 600 bytes,
+        # and is of no use meanwhile.  aiohttp sets it again behind the answer.
+        x.request.protocol.keep_alive(False)
         timeouts = x.config.timeouts
         silent = relay.check(now, timeouts.gap, timeouts.silence)
         if silent > SUSPICIOUS:

@@ -15,7 +15,13 @@ from aiohttp import web
 from gollama_proxy.config import settings
 from gollama_proxy.config.settings import Config
 from gollama_proxy.edge import server as edge_server
-from gollama_proxy.edge.response import CLOSE, error_response, write_whole
+from gollama_proxy.edge.response import (
+    CLOSE,
+    KEEP,
+    Response,
+    error_response,
+    write_whole,
+)
 from gollama_proxy.edge.server import Handler, Server
 from gollama_proxy.wire.errors import Code, RequestError
 from tests.fakes.client import Wire, request_head
@@ -243,6 +249,25 @@ async def test_a_head_that_does_not_come_is_not_waited_for(sent: bytes) -> None:
                 assert (await wire.read_response()).status == 200
             await wire.read_eof()
         assert loop.time() - began >= 0.49
+
+
+async def test_an_answer_without_the_timer_of_idle_connections_sets_it_again() -> None:
+    """The watchdog stops the timer of a connection that has a stream."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        request.protocol.keep_alive(False)
+        write_whole(request, Response(b"{}"), "", keep_alive=True)
+        return KEEP
+
+    config = Config(server=settings.Server(keepalive=0.5))
+    async with (
+        serving(answer, config) as address,
+        await Wire.connect(*address) as wire,
+    ):
+        for _ in range(2):
+            await wire.send(GET)
+            assert (await wire.read_response()).status == 200
+        assert await wire.read_eof() == b""
 
 
 async def test_a_head_that_drips_is_not_waited_for() -> None:

@@ -15,6 +15,10 @@ async def _nothing() -> None:
     pass
 
 
+def _ignore(value: bool) -> None:
+    pass
+
+
 class Nowhere(asyncio.Transport):
     """A transport that is open, and drops what is written."""
 
@@ -41,7 +45,11 @@ def request(
     """
     transport = Nowhere() if transport is None else transport
     protocol = SimpleNamespace(
-        ssl_context=None, peername=None, sockname=None, paused=False
+        ssl_context=None,
+        peername=None,
+        sockname=None,
+        paused=False,
+        keep_alive=_ignore,
     )
     return make_mocked_request(
         method,

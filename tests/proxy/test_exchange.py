@@ -99,6 +99,19 @@ def test_an_answer_is_checked_while_it_is_relayed() -> None:
     assert len(stage.relay.seen) == 2
 
 
+def test_a_connection_with_a_stream_needs_no_timer_of_idle_ones() -> None:
+    stage = Stage(State.STREAMING)
+    kept: list[bool] = []
+    protocol = cast(Any, stage.x.request.protocol)
+    protocol.keep_alive = kept.append
+    stage.x.state = State.WAITING
+    stage.check()
+    assert kept == []
+    stage.x.state = State.STREAMING
+    stage.check()
+    assert kept == [False]
+
+
 def test_the_worker_of_a_silent_answer_is_checked() -> None:
     stage = Stage(State.STREAMING)
     checks: list[bool] = []
