@@ -46,6 +46,7 @@ class Pool:
         "_unloaded",
         "missed",
         "model",
+        "selects",
         "workers",
     )
 
@@ -81,6 +82,9 @@ class Pool:
         self._able_until = math.inf  # when time alone may change it
         self._unloaded = False  # some worker would have to load the model
         self._contexts: tuple[int, ...] | None = None  # those that are known, sorted
+        # Some worker is known not to take pictures, sound or films; valid once
+        # `least_context` has been read.
+        self.selects = False
 
     # --- Workers that can take a request ------------------------------------------
 
@@ -139,6 +143,7 @@ class Pool:
         contexts = [worker.context_of(self.model) for worker in self.workers]
         known = [context for context in contexts if context is not None]
         self._contexts = tuple(sorted(known))
+        self.selects = any(worker.refuses(self.model) for worker in self.workers)
         return self._contexts
 
     def busy_for(self) -> float:

@@ -38,7 +38,10 @@ from dataclasses import dataclass, field
 from gollama_proxy.bounded import BoundedDict
 from gollama_proxy.config.settings import WorkerConfig
 from gollama_proxy.config.values import is_name, is_plain, matches
-from gollama_proxy.wire.description import Description, Model
+from gollama_proxy.wire.description import INPUTS, Description, Model
+
+_INPUTS = frozenset(INPUTS.values())
+_NOTHING = frozenset[str]()
 
 
 class WorkerState(enum.Enum):
@@ -196,7 +199,7 @@ class Offer:
         if self.description is None:
             return (*seen, *map(Model, names))
         context, listed = self.description.context, self.description.models
-        inputs = listed[0].inputs if len(listed) == 1 else ()
+        inputs = listed[0].inputs if len(listed) == 1 else None
         return (*seen, *(Model(name, context, inputs=inputs) for name in names))
 
     def serves(self, model: str) -> bool:
@@ -219,7 +222,18 @@ class Offer:
 
     def inputs_of(self, model: str) -> tuple[str, ...]:
         """Return what a model takes besides text, as far as the worker reports it."""
-        return next((m.inputs for m in self.models if m.name == model), ())
+        return next((m.inputs for m in self.models if m.name == model), None) or ()
+
+    def refuses(self, model: str) -> frozenset[str]:
+        """Return what a model is known not to take, of `INPUTS`.
+
+        What a router reports while a model is not loaded may not be the model's own.
+        """
+        for each in self.models:
+            if each.name == model and each.loaded is not False:
+                known = each.inputs is not None
+                return _INPUTS.difference(each.inputs or ()) if known else _NOTHING
+        return _NOTHING
 
     def has_loaded(self, model: str) -> bool | None:
         """Return whether a model is loaded; None if the worker does not report it."""

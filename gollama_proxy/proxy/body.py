@@ -233,6 +233,16 @@ class Body:
                     return number
         return 0
 
+    @property
+    def may_have_media(self) -> bool:
+        """Whether `media` may find anything, at little cost."""
+        kept = self._kept[0] if len(self._kept) == 1 else self._whole
+        return self.replayable and kept.find(b'"type"') >= 0  # texts have no type
+
+    def media(self) -> frozenset[str]:
+        """Return what its messages have besides text, as far as all of it is kept."""
+        return fields.media_in(self._whole) if self.replayable else frozenset()
+
     def prefixes(self, key: bytes) -> tuple[int, ...]:
         """Return hashes of the beginnings of its conversation, if it is one.
 

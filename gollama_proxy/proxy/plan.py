@@ -72,6 +72,7 @@ class Plan:
         "as_sent",
         "ask",
         "begun",
+        "media",
         "needs",
         "once",
         "pool",
@@ -91,6 +92,7 @@ class Plan:
         self.pool = pools[0]  # the current one
         self.ask = ask
         self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
+        self.media: frozenset[str] | None = None  # besides text; None: not looked for
         self.single = len(pools) == 1  # without a fallback
         # A request that a worker may have begun is not retried.
         self.once = path in config.retry.once
@@ -136,7 +138,8 @@ class Plan:
         If none is available, the next fallback follows.  A broken answer goes to the
         fallbacks first, and then to workers that have failed it before.
         """
-        if not (self.begun or self.needs) and (available := self.pool.available):
+        fresh = not (self.begun or self.needs or self.media)
+        if fresh and (available := self.pool.available):
             return available  # the common case
         if self._resuming and not self.some_left:
             return []
@@ -209,12 +212,12 @@ class Plan:
         return [self.pool, *(self._pools[place] for place in self._fallbacks())]
 
     def fitting(self, pool: Pool) -> list[Worker]:
-        """Return the usable workers with enough context, as far as is known.
+        """Return the usable workers that take the prompt, as far as is known.
 
         After a worker refused the prompt, workers with a known larger context come
         before those with an unknown one.
         """
-        if not (self._least_context or self.needs):
+        if not (self._least_context or self.needs or self.media):
             return pool.able
         model = pool.model
         able = [worker for worker in pool.able if self._fits(worker, model)]
@@ -224,7 +227,7 @@ class Plan:
 
     @property
     def fits_somewhere(self) -> bool:
-        """Whether any worker may have enough context, even one that is down."""
+        """Whether any worker may take the prompt, even one that is down."""
         return any(
             self._fits(worker, pool.model)
             for pool in self.pools
@@ -236,9 +239,24 @@ class Plan:
         return self._fits(worker, self.pool.model) and worker not in self.tried
 
     def _fits(self, worker: Worker, model: str) -> bool:
+        if self.media and not self.media.isdisjoint(worker.refuses(model)):
+            return False
         context = worker.context_of(model)
         least = max(self._least_context, self.needs.get(model, 0))
         return context is None or context > least
+
+    def not_taken(self) -> RequestError | None:
+        """Make the error of media that no worker takes; None if some worker does."""
+        media = self.media or frozenset()
+        if not media or any(
+            media.isdisjoint(worker.refuses(pool.model))
+            for pool in self.pools
+            for worker in pool.workers
+        ):
+            return None
+        kinds = " and ".join(sorted(media))
+        text = f"No worker takes {kinds} input for the model {self.pool.model!r}."
+        return RequestError(Code.INVALID_VALUE, text)
 
     def too_long(
         self, refusal: Overflow | None = None, *, native: bool = False

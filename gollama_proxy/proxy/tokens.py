@@ -74,22 +74,31 @@ class Fitting:
 
     def is_certain(self, x: Exchange) -> bool:
         """Whether a prompt certainly fits, so that `check` is not needed."""
-        return not x.endpoint.prompt_has_size or (
-            x.plan.single and self._surely_fits(x, x.plan.pool)
-        )
+        if not x.endpoint.prompt_has_size:
+            return True
+        pool = x.plan.pool
+        if not (x.plan.single and self._surely_fits(x, pool)):
+            return False
+        return not (pool.selects and x.body.may_have_media)
 
     async def check(self, x: Exchange) -> None:
-        """Find out where a prompt fits, and limit the plan to these workers.
+        """Find out which workers take a prompt, and limit the plan to these.
 
         Call this before each attempt: the next one may be for another model.
 
         Raises:
-            RequestError: 400, it fits nowhere, and no attempt has been made yet.
+            RequestError: 400, it fits nowhere or no worker takes what is in it, and no
+                attempt has been made yet.
         """
         plan = x.plan
         pools = plan.pools
         for pool in pools:
-            if self._surely_fits(x, pool):
+            surely_fits = self._surely_fits(x, pool)
+            if plan.media is None and pool.selects:
+                plan.media = x.body.media()
+            if surely_fits:
+                if plan.media and not plan.fitting(pool):
+                    continue
                 if len(pools) == 1 or _is_served(pool):
                     return
                 continue  # no worker serves it now; another model is next
@@ -98,7 +107,7 @@ class Fitting:
                 return
         if plan.begun or plan.fits_somewhere:
             return
-        error = plan.too_long(native=x.endpoint.api is Api.NATIVE)
+        error = plan.not_taken() or plan.too_long(native=x.endpoint.api is Api.NATIVE)
         if error is not None:
             raise error
 

@@ -45,7 +45,8 @@ class Model:
     context: int | None = None  # tokens of one slot
     loaded: bool | None = None  # None where the worker does not report it
     loading: bool = False  # it is being loaded
-    inputs: tuple[str, ...] = ()  # what it takes besides text, of `INPUTS`
+    # What it takes besides text, of `INPUTS`; None where the worker does not report it.
+    inputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +119,28 @@ def describe(listing: Listing, props: bytes) -> Description:
     context = _tokens(_part(read.default_generation_settings, "n_ctx"))
     own = [entry.context for entry in listing.entries]
     build = _read(read.build_info, str) or ""
-    takes = read.modalities
-    inputs = tuple(INPUTS[key] for key in INPUTS if _read(_part(takes, key), bool))
+    inputs = _inputs_of(read)
     return Description(
         models=tuple(
-            Model(entry.name, tokens or context, *entry.loaded, entry.inputs or inputs)
+            Model(
+                entry.name,
+                tokens or context,
+                *entry.loaded,
+                inputs if entry.inputs is None else entry.inputs,
+            )
             for entry, tokens in zip(listing.entries, own, strict=True)
         ),
         slots=_read(read.total_slots, _Slots),
         context=context or next((tokens for tokens in own if tokens), None),
         build=build[:100] if build.isprintable() else "",
     )
+
+
+def _inputs_of(props: _Props) -> tuple[str, ...] | None:
+    takes = {INPUTS[key]: _read(_part(props.modalities, key), bool) for key in INPUTS}
+    if all(each is None for each in takes.values()):
+        return None
+    return tuple(name for name, each in takes.items() if each)
 
 
 # --- The parts of the answers that are read ---------------------------------------
@@ -174,10 +186,12 @@ class _Entry(msgspec.Struct):
         return (None if value is None else value == "loaded"), value == "loading"
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """What it takes besides text."""
+    def inputs(self) -> tuple[str, ...] | None:
+        """What it takes besides text; None if it is not listed."""
         modalities = _part(self.architecture, "input_modalities")
-        listed = _read(modalities, list[msgspec.Raw]) or []
+        listed = _read(modalities, list[msgspec.Raw])
+        if listed is None:
+            return None
         names = {_read(each, str) for each in listed}
         return tuple(name for name in INPUTS.values() if name in names)
 

@@ -371,6 +371,58 @@ def messages_of(body: bytes) -> list[msgspec.Raw]:
         return []
 
 
+class _Turn(msgspec.Struct):
+    """A message, or an item of a response's input."""
+
+    content: msgspec.Raw = msgspec.Raw()
+
+
+class _Part(msgspec.Struct):
+    """A part of a message, of which the data is passed over."""
+
+    type: str = ""
+
+
+class _Turns(msgspec.Struct):
+    messages: list[_Turn] = []
+    input: msgspec.Raw = msgspec.Raw()
+
+
+_turns = msgspec.json.Decoder(_Turns)
+_items = msgspec.json.Decoder(list[_Turn])
+_parts = msgspec.json.Decoder(list[_Part])
+# The parts of OpenAI's chats and Responses, and of Anthropic's messages.
+_MEDIA = {
+    "image_url": "image",
+    "input_image": "image",
+    "image": "image",
+    "input_audio": "audio",
+    "audio_url": "audio",
+    "video_url": "video",
+    "input_video": "video",
+}
+
+
+def media_in(body: bytes) -> frozenset[str]:
+    """Return what the messages of a whole body have besides text: image, audio, video.
+
+    Nothing of a body that is not as its API defines it: the worker refuses it.
+    """
+    found = set[str]()
+    try:
+        turns = _turns.decode(body)
+        items = turns.messages
+        if bytes(turns.input)[:1] == b"[":
+            items += _items.decode(turns.input)
+        for item in items:
+            if bytes(item.content)[:1] == b"[":
+                types = [part.type for part in _parts.decode(item.content)]
+                found.update(_MEDIA[each] for each in types if each in _MEDIA)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return frozenset()
+    return frozenset(found)
+
+
 def encode(text: str) -> bytes:
     """Encode a string as JSON."""
     return msgspec.json.encode(text)

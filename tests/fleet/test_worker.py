@@ -288,6 +288,23 @@ def test_it_serves_the_models_that_it_lists_and_no_others() -> None:
     assert worker.context_of("Qwen") is None
 
 
+def test_what_it_refuses_is_what_it_reports_not_to_take() -> None:
+    """Nothing where it reports nothing, or reports it of a model that is not loaded."""
+    models = (
+        Model("blind", inputs=()),
+        Model("seeing", inputs=("image",)),
+        Model("silent"),
+        Model("resting", loaded=False, inputs=()),
+    )
+    worker = make()
+    worker.observe(Check.OK, "ok", Description(models))
+    assert worker.refuses("blind") == {"image", "audio", "video"}
+    assert worker.refuses("seeing") == {"audio", "video"}
+    assert not worker.refuses("silent")
+    assert not worker.refuses("resting")
+    assert not worker.refuses("other")
+
+
 def test_what_was_learnt_stays_when_a_check_learns_nothing() -> None:
     """A worker that is down still serves its model: the answer is 503, not 404."""
     worker = make(fall=1)

@@ -132,16 +132,17 @@ def test_models_and_their_context() -> None:
             for entry, props, inputs in [
                 ({}, {"modalities": {"audio": True, "vision": True}}, PICTURES_SOUND),
                 ({}, {"modalities": {"vision": False, "audio": False}}, ()),
-                ({}, {"modalities": {"vision": "yes", "smell": True}}, ()),
-                ({}, {"modalities": [True]}, ()),
+                ({}, {"modalities": {"vision": "yes", "smell": True}}, None),
+                ({}, {"modalities": [True]}, None),
                 ({"architecture": {"input_modalities": ["text", "image"]}}, {}, IMAGE),
                 (
                     {"architecture": {"input_modalities": ["image", 7, [], "x"]}},
                     {"modalities": {"vision": False}},
                     IMAGE,
                 ),
-                ({"architecture": {"input_modalities": "image"}}, {}, ()),
-                ({"architecture": ["image"]}, {}, ()),
+                ({"architecture": {"input_modalities": "image"}}, {}, None),
+                ({"architecture": ["image"]}, {}, None),
+                ({"architecture": {"input_modalities": ["text"]}}, {}, ()),
             ]
         ),
     ]:

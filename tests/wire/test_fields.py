@@ -26,6 +26,7 @@ from gollama_proxy.wire.fields import (
     count_prompts,
     encode,
     find_model,
+    media_in,
     messages_of,
     read_whole,
     take_names,
@@ -963,3 +964,34 @@ def test_everything_unusual_is_left_to_the_scanner(body: bytes) -> None:
 def test_the_scanner_then_names_the_mistake() -> None:
     with pytest.raises(RequestError, match="'model' occurs twice"):
         scan_whole(b'{"model":"m","model":"n"}')
+
+
+# --- Pictures and sound -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ({"messages": [{"role": "user", "content": "image_url"}]}, set()),
+        ({"messages": [{"content": [{"type": "text", "text": "a"}]}]}, set()),
+        ({"messages": [{"content": [{"type": "image_url", "x": [{}]}]}]}, {"image"}),
+        (
+            {"messages": [{"content": None}, {"content": [{"type": "image"}]}]},
+            {"image"},
+        ),
+        ({"messages": [{"content": [{"type": "input_audio"}]}]}, {"audio"}),
+        ({"messages": [{"content": [{"type": "video_url"}]}]}, {"video"}),
+        ({"input": "image"}, set()),
+        ({"input": [{"content": [{"type": "input_image"}]}]}, {"image"}),
+        ({"input": [{"type": "function_call"}], "messages": []}, set()),
+        ({"tools": [{"type": "image_url"}], "messages": [{"content": "a"}]}, set()),
+        ({"messages": ["a"]}, set()),
+        ({"messages": [{"content": ["image_url"]}]}, set()),
+        ({"messages": [{"content": [{"type": ["image"]}]}]}, set()),
+    ],
+)
+def test_what_a_conversation_has_besides_text(
+    body: dict[str, Any], found: set[str]
+) -> None:
+    data = json.dumps(body).encode()
+    assert media_in(data) == found
