@@ -17,6 +17,12 @@ from gollama_proxy.tasks import spawn
 from tests.fakes.systemd import Systemd
 
 
+@pytest.fixture(autouse=True)
+def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the status looked at 50 times a second, which no test needs to wait for."""
+    monkeypatch.setattr("gollama_proxy.service.STATUS_EVERY", 0.02)
+
+
 @pytest.fixture
 def systemd(tmp_path: Path) -> Iterator[Systemd]:
     with Systemd(tmp_path / "notify") as it:
