@@ -207,6 +207,7 @@ class Body:
             self.stream = bytes(wanted.stream) == b"true"
         if wanted.messages is not UNSET:
             self.converses = True
+        self.size, self.complete = len(body), True
         return True
 
     def _take_fallbacks(self) -> None:
@@ -356,6 +357,9 @@ class Body:
 
     def _take(self, piece: bytes, *, ended: bool) -> bytes:
         """Count a piece and scan it."""
+        first = self._scanner is None and not (self.size or self._opening)
+        if first and ended and self._read_whole(piece):
+            return piece
         if not self.size and (self._opening or (piece and piece[0] == _BOM[0])):
             piece = self._without_bom(piece, ended)
         self.size += len(piece)
@@ -363,9 +367,6 @@ class Body:
             raise self._too_large()
         scanner = self._scanner
         if scanner is None:
-            if ended and len(piece) == self.size and self._read_whole(piece):
-                self.complete = True
-                return piece
             scanner = self._scanner = fields.FieldScanner()
             self._found = scanner.found
         scanner.feed(piece)
