@@ -491,21 +491,16 @@ class Rewriter:
                 x.sent, x.hides_usage, x.rewritten = with_usage, True, True
         elif (
             x.endpoint.path in x.config.upstream.assemble
-            and self._may_assemble(x)
+            and not body.stream
+            and body.replayable
+            # Only the end of a stream shows whether it has all of the answer; if not,
+            # the answer has to be requested again.
+            and not x.plan.once
             and (asked := ask_for_stream(sent, x.endpoint))
         ):
             x.delivery = Assembly(x, asked.assembler(x.config.limits.answer))
             x.sent, x.rewritten = asked.body, True
         return x.sent
-
-    def _may_assemble(self, x: Exchange) -> bool:
-        return (
-            x.body.replayable
-            and not x.body.stream
-            # Only the end of a stream shows whether it has all of the answer; if not,
-            # the answer has to be requested again.
-            and not x.plan.once
-        )
 
     def _needs_usage(self, x: Exchange, worker: Worker) -> bool:
         """Whether the tokens of a stream are counted only with its usage.

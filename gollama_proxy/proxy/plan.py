@@ -97,7 +97,9 @@ class Plan:
         # A request that a worker may have begun is not retried.
         self.once = path in config.retry.once
         self._pools = pools
-        self._tried: list[list[Worker]] = [[] for _ in pools]
+        self._tried: list[list[Worker]] = [[]]  # by pool
+        while len(self._tried) < len(pools):  # cheaper than a comprehension
+            self._tried.append([])
         self._limits = config.retry
         self._budget = budget
         self._rng = rng

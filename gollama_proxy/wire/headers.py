@@ -148,7 +148,7 @@ def read_head(
         before is not None
         and method != "CONNECT"
         and version == before.version
-        and _read_alike(headers, before.headers)
+        and (headers == before.headers or _read_alike(headers, before.headers))
     ):
         return before
     if version not in _VERSIONS:
@@ -212,8 +212,6 @@ _VARYING = frozenset({b"content-length", b"date"})
 
 def _read_alike(headers: Headers, before: Headers) -> bool:
     """Whether headers differ from those before at most in varying ones, as long."""
-    if headers == before:
-        return True
     if len(headers) != len(before):
         return False
     for (name, value), (other, known) in zip(headers, before, strict=True):
@@ -375,7 +373,9 @@ def read_answer_head(headers: Headers, before: AnswerHead | None = None) -> Answ
     `before` is that of another answer from the worker, which is returned for one that
     reads alike.
     """
-    if before is not None and _read_alike(headers, before.headers):
+    if before is not None and (
+        headers == before.headers or _read_alike(headers, before.headers)
+    ):
         return before
     # Workers send the same ones again and again, but for the varying ones.
     lasting = []
