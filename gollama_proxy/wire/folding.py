@@ -228,7 +228,8 @@ class Assembler(abc.ABC):
         Raises:
             UnfoldableError: it is not complete, or not in the stream.
         """
-        self._decode_words()
+        if self._words:
+            self._decode_words()
         return msgspec.json.encode(self._answer())
 
     @abc.abstractmethod
@@ -339,7 +340,7 @@ class _Choice:
 
     def __init__(self) -> None:
         self.texts = Texts()
-        self.calls = _Calls()
+        self.calls: _Calls | None = None  # until there is one
         self.logprobs: _Logprobs | UnsetType | None = UNSET
         self.finish_reason: str | None = None
         self._others: dict[str, Raw] = {}  # fields that the answer has as well
@@ -355,7 +356,7 @@ class _Choice:
             if name == "delta":
                 for part, added in (OBJECT.decode(value) or {}).items():
                     if part == "tool_calls":
-                        grown += sum(map(self.calls.fold, OBJECTS.decode(added) or ()))
+                        grown += self._fold_calls(OBJECTS.decode(added))
                     elif bytes(added) not in (b"[]", b"{}"):
                         grown += self.texts.add(part, TEXT.decode(added))
             elif name == "text":
@@ -369,6 +370,13 @@ class _Choice:
         if ended and grown:
             raise UnfoldableError("a choice went on after its end")
         return grown
+
+    def _fold_calls(self, parts: list[dict[str, Raw]] | None) -> int:
+        if not parts:
+            return 0
+        if self.calls is None:
+            self.calls = _Calls()
+        return sum(map(self.calls.fold, parts))
 
     def _keep(self, name: str, value: Raw) -> int:
         """Keep a field of which one event has all; one that grows cannot be folded."""
@@ -392,7 +400,7 @@ class _Choice:
                 self.logprobs[name] = known or values
 
     def shows_nothing(self) -> bool:
-        return not (self.calls.all or self.texts.shown)
+        return not (self.calls or self.texts.shown)
 
     def text(self, index: int) -> dict[str, object]:
         logprobs = self.logprobs or None
@@ -405,7 +413,7 @@ class _Choice:
         message["role"] = message.get("role") or "assistant"
         # llama-server never has a null here, even in a message with nothing but calls.
         message["content"] = message.get("content") or ""
-        if self.calls.all:
+        if self.calls is not None:
             message["tool_calls"] = self.calls.answer()
         choice = {"finish_reason": self.finish_reason, "index": index}
         logprobs = {} if self.logprobs is UNSET else {"logprobs": self.logprobs}
@@ -505,13 +513,15 @@ class TextAssembler(Assembler):
                 raise unfinished()
         if self._asked.choices not in (0, len(choices)):
             raise UnfoldableError("the stream has another number of choices")
-        for _, choice in choices:
+        folded = []
+        for index, choice in choices:
             self._check(choice)
+            folded.append(type(self).fold(choice, index))
         answer: dict[str, object] = {**raw_fields.decode(self._last)}
         if self._usage is not None:
             answer["usage"] = self._usage
         answer["object"] = self.kind
-        answer["choices"] = [type(self).fold(choice, i) for i, choice in choices]
+        answer["choices"] = folded
         return answer
 
     def _check(self, choice: _Choice) -> None:

@@ -613,6 +613,7 @@ def test_nothing_that_is_assembled_shows_its_text() -> None:
     call = {"index": 0, "id": "a", "function": {"name": "secret", "arguments": "{}"}}
     assembler.feed(delta({"content": "secret", "tool_calls": [call]}))
     choice = assembler._choices[0]
+    assert choice.calls is not None
     shown = [assembler, choice, choice.texts, choice.calls, *choice.calls.all]
     assert not [each for each in shown if "secret" in repr(each)]
 
