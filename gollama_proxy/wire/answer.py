@@ -370,7 +370,7 @@ def _counts(fields: _Fields) -> dict[str, int]:
     counts = {}
     for name, value in fields.items():  # cheaper than a comprehension
         if type(value) is int and 0 <= value < _MOST_TOKENS:
-            counts[name] = value
+            counts[name] = value  # noqa: PERF403
     return counts
 
 
