@@ -1074,3 +1074,32 @@ async def test_each_choice_is_counted_although_its_event_is_split() -> None:
     await run
     assert stage.sent == role() + token("a") + rest
     assert stage.relay.complete
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        (JSON, [b'{"data":[{"embedding":[0.5', b"e-05,0.25]}]}"]),
+        ([(b"content-type", b"text/plain")], [b"As ", b"it is."]),
+        ([(b"content-type", b"text/plain")], [b"A", b"data: ", b'{"error":']),
+    ],
+)
+async def test_what_is_no_stream_has_no_events_to_wait_for(
+    kind: list[tuple[bytes, bytes]],
+    parts: list[bytes],
+    deliver: Callable[[Relay, bytes], None],
+) -> None:
+    """Although a part of it begins as an event does."""
+    stage = Stage(Ending.BODY, chunked=False)
+    stage.relay.head_received(200, kind)
+    stage.parts(parts[0])
+    run = asyncio.create_task(
+        pass_on(stage.relay, stage.client, keep=1 << 20, reports=False)
+    )
+    await steps()
+    for part in parts[1:]:
+        deliver(stage.relay, part)
+        assert stage.sent.endswith(part)
+    stage.relay.answer_ended()
+    await run
+    assert stage.sent == b"".join(parts)
