@@ -475,6 +475,7 @@ def test_both_names_are_what_each_search_finds(parts: list[bytes]) -> None:
         (b'{"model":"tiny","system_fingerprint":"b1-a"}', "tiny", "b1-a"),
         (b'{"choices":[{"model":"other"}],"model":"tiny"}', "tiny", ""),
         (b'{"model":null,"system_fingerprint":7}', None, ""),
+        (b'{"model":7}', None, ""),
         (b'{"system_fingerprint":"%b"}' % (b"x" * 100), None, "x" * 100),
         (b'{"system_fingerprint":"%b"}' % (b"x" * 101), None, ""),
         (b'[{"model":"tiny"}]', None, ""),
