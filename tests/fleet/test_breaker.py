@@ -186,6 +186,65 @@ def test_an_operator_may_reset_it_in_any_state(state: BreakerState) -> None:
     assert breaker.available
 
 
+def test_a_reset_forgets_the_past_of_a_closed_one() -> None:
+    breaker, _ = make()
+    record(breaker, *[BAD] * (STEADY.consecutive - 1))
+    breaker.reset()
+    record(breaker, *[BAD] * (STEADY.consecutive - 1))
+    assert breaker.closed
+    record(breaker, BAD)
+    assert breaker.opens_in() == STEADY.open, "as at the first time"
+
+
+def test_its_pool_looks_again_whenever_it_may_admit_other_requests() -> None:
+    changes: list[str] = []
+    clock = Clock()
+    breaker = Breaker("w1", STEADY, clock, random.Random(7), lambda: changes.append(""))
+
+    def changed() -> int:
+        count = len(changes)
+        changes.clear()
+        return count
+
+    breaker.busy(5.0)
+    assert changed() == 1
+    clock.advance(5)
+    record(breaker, *[BAD] * STEADY.consecutive)
+    assert changed() == 1
+    breaker.renew()  # it may have been repaired
+    assert changed() == 1
+    assert breaker.state is BreakerState.HALF_OPEN
+    assert changed() == 1
+    permit = take(breaker)
+    assert changed() == 1
+    permit.settle(None)
+    assert changed() == 1
+    breaker.reset()
+    assert changed() == 1
+    breaker.reset()
+    assert changed() == 1
+    record(breaker, GOOD, SLOW)
+    breaker.renew()
+    assert changed() == 0
+
+
+def test_a_worker_works_while_its_last_answers_were_good() -> None:
+    breaker, clock = make()
+    assert not breaker.works, "nothing is known"
+    record(breaker, GOOD)
+    assert breaker.works
+    record(breaker, BAD)
+    assert not breaker.works
+    record(breaker, GOOD)
+    assert breaker.works
+    clock.advance(2 * TRUSTED)
+    assert not breaker.works, "it is long ago"
+    breaker, _ = make(BreakerState.OPEN)
+    assert not breaker.works
+    breaker, _ = make(BreakerState.HALF_OPEN)
+    assert not breaker.works
+
+
 def test_a_permit_of_before_a_reset_proves_nothing() -> None:
     breaker, _ = make(BreakerState.HALF_OPEN)
     permit = breaker.permit()
