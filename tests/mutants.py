@@ -61,6 +61,7 @@ MODULES: dict[str, list[str]] = {
         "behaviour/test_steps.py",
         "behaviour/test_streaming.py",
         "behaviour/test_traces.py",
+        "control/test_events.py",
     ],
     "proxy/failures": [],
     "proxy/plan": [],

@@ -309,6 +309,22 @@ async def test_a_request_that_is_cut_gets_the_reason_and_loses_its_connection() 
     assert stage.record is x
 
 
+async def test_a_slow_client_has_time_to_read_why_it_is_cut() -> None:
+    stage = Stage(wait)
+    stage.client.unread = 1
+    task = await begun(stage)
+    [x] = stage.proxy.running
+    read: list[State] = []
+
+    async def drain() -> None:
+        read.append(x.state)
+
+    cast(Any, x.request).writer = SimpleNamespace(drain=drain)
+    stage.proxy.cancel(x)
+    assert await task is CLOSE
+    assert read == [State.ENDED]
+
+
 @pytest.mark.parametrize("state", ["begun", "ended"])
 async def test_a_request_that_is_cut_late_gets_no_second_answer(state: str) -> None:
     stage = Stage(wait)
