@@ -173,10 +173,12 @@ class Wire:
         None is the clean end of the stream; any other raises `TruncatedError`.
         """
         async with self._deadline(timeout, "event"):
-            while (end := self._body.find(b"\n\n")) < 0:
+            searched = 0  # as an event of megabytes comes in hundreds of pieces
+            while (end := self._body.find(b"\n\n", searched)) < 0:
                 if self._complete:
                     assert not self._body, f"behind the last event: {self._body!r}"
                     return None
+                searched = max(len(self._body) - 1, 0)
                 await self._advance()
         taken = bytes(self._body[: end + 2])
         del self._body[: end + 2]
