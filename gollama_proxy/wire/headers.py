@@ -211,7 +211,7 @@ _VARYING = frozenset({b"content-length", b"date"})
 
 
 def _read_alike(headers: Headers, before: Headers) -> bool:
-    """Whether headers differ from those before at most in varying ones, as long."""
+    """Whether headers equal those before, but for varying ones of the same length."""
     if len(headers) != len(before):
         return False
     for (name, value), (other, known) in zip(headers, before, strict=True):

@@ -17,6 +17,7 @@ from typing import Any
 import jwt
 import pytest
 
+from gollama_proxy.config.settings import Revoked
 from tests.fakes.asks import CHAT
 from tests.fakes.client import Response, Wire, request_head
 from tests.fakes.hub import SECRET, RunningHub, mint, running_hub
@@ -359,3 +360,21 @@ async def test_good_tokens_are_accepted(value: str) -> None:
         assert (await ask(hub, [("Authorization", value)])).status == 200
         # No worker sees the subject of a request.
         assert worker.requests[0].header("authorization") is None
+
+
+async def test_each_request_of_a_connection_is_judged_by_its_own_token() -> None:
+    """What is remembered of a head serves no other one, nor a token revoked since."""
+    async with ScriptedWorker() as worker, running_hub(worker.url) as hub:
+        good, bad = mint(sub="alice"), mint(sub="alice")[:-1] + "!"
+        async with await Wire.connect("127.0.0.1", hub.port) as wire:
+
+            async def status(token: str | None) -> int:
+                await wire.post(CHAT, BODY, token)
+                return (await wire.read_response()).status
+
+            found = [await status(token) for token in (good, good, bad, good, None)]
+            assert found == [200, 200, 401, 200, 401]
+            assert await status(good) == 200
+            hub.hub.authenticator.revoke(Revoked(subjects=frozenset({"alice"})))
+            assert await status(good) == 401
+            assert await status(mint(sub="bob")) == 200
