@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import uvloop
-from _pytest.runner import runtestprotocol
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
@@ -82,28 +81,6 @@ def _compile_share(config: pytest.Config) -> None:
         with contextlib.suppress(Exception, pytest.skip.Exception):  # reported later
             name = ".".join(file.relative_to(config.rootpath).with_suffix("").parts)
             importlib.import_module(name)
-
-
-def pytest_runtest_protocol(
-    item: pytest.Item, nextitem: pytest.Item | None
-) -> bool | None:
-    """Send one report of a test that passes from process to process, not five.
-
-    The others are about its beginning, its fixtures and its end, and are looked at only
-    where options ask for more than failures.
-    """
-    wanted = item.config.option
-    if (
-        "PYTEST_XDIST_WORKER" not in os.environ
-        or wanted.verbose > 0
-        or wanted.durations is not None
-        or wanted.xmlpath
-    ):
-        return None
-    for report in runtestprotocol(item, nextitem=nextitem, log=False):
-        if report.when == "call" or not report.passed:
-            item.ihook.pytest_runtest_logreport(report=report)
-    return True
 
 
 def pytest_asyncio_loop_factories(
