@@ -283,7 +283,7 @@ class _Protocol(RequestHandler):
     def __init__(self, server: Server) -> None:
         super().__init__(server, **server.options())
         self.content: StreamReader | None = None  # the body of the present request
-        self.head: Head | None = None  # of the last one
+        self.head: Head | None = None  # of the last one, unless it was large
         self.paused = False  # as much waits to be sent to the client as may
         self.remote = ""  # the client's address
         self.task: asyncio.Task[None] | None = None  # it serves all requests

@@ -201,13 +201,14 @@ class Proxy(Running):
         # A connection ends with a request whose head can be read in two ways, as what
         # follows could be read in two ways, too.
         connection = request.connection
-        x.head = connection.head = head = headers.read_head(
+        x.head = head = headers.read_head(
             x.method,
             request.version,
             request.raw_headers,
             self._config.limits.head,
             connection.head,
         )
+        connection.head = head if head.size <= headers.MOST_KEPT else None
         if head.id:
             x.id = head.id
         x.forwarded = head.forwarded

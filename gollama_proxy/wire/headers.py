@@ -85,6 +85,8 @@ _LAST = frozenset({b"transfer-encoding", b"upgrade"})
 _NOTED = frozenset({b"expect", b"x-gollama-priority"})
 _READ = FORWARDED.union(_SUSPECT, _NOTED, {b"host", b"connection", b"x-request-id"})
 _VERSIONS = ((1, 0), (1, 1))
+# Bytes of a head that an idle connection may hold in memory; few are larger.
+MOST_KEPT = 4 << 10
 
 
 class Head(msgspec.Struct, gc=False):
@@ -101,6 +103,7 @@ class Head(msgspec.Struct, gc=False):
     prioritised: bool  # it has an `X-Gollama-Priority`
     version: tuple[int, int]
     headers: Headers
+    size: int  # of all headers, in bytes
     # The hash of its token, once that was accepted (`edge/auth.py`)
     token: bytes = b""
 
@@ -203,6 +206,7 @@ def read_head(
         b"x-gollama-priority" in noted,
         version,
         headers,
+        size,
     )
 
 

@@ -653,6 +653,14 @@ def test_a_head_without_a_length_is_not_read_again_either() -> None:
     assert read_head("GET", (1, 1), (HOST, ACCEPT), 1 << 20, first) is first
 
 
+def test_a_limit_that_was_lowered_applies_to_a_head_that_reads_alike() -> None:
+    first = read_head("POST", (1, 1), FIRST, 1 << 20)
+    assert read_head("POST", (1, 1), FIRST, first.size, first) is first
+    with pytest.raises(RequestError) as info:
+        read_head("POST", (1, 1), FIRST, first.size - 1, first)
+    assert info.value.code is Code.HEAD_TOO_LARGE
+
+
 ANSWER = [(b"Content-Type", b"Text/JSON"), (b"Date", b"1"), (b"X-Seed", b"7")]
 
 
