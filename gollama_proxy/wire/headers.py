@@ -151,6 +151,7 @@ def read_head(
         before is not None
         and method != "CONNECT"
         and version == before.version
+        and before.size <= limit
         and (headers == before.headers or _read_alike(headers, before.headers))
     ):
         return before

@@ -12,7 +12,9 @@ import pytest
 
 from gollama_proxy.config import watch
 from gollama_proxy.config.keys import RevocationList
+from gollama_proxy.wire import headers
 from tests.fakes.asks import CHAT
+from tests.fakes.client import TruncatedError
 from tests.fakes.files import replace
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.script import stream_of
@@ -71,6 +73,47 @@ async def test_a_token_is_revoked_and_restored(tmp_path: Path) -> None:
         replace(file, "")
         await becomes(hub, lost, 200)
         assert await status(hub, kept) == 200
+
+
+async def test_requests_on_one_connection_are_judged_one_by_one(
+    tmp_path: Path,
+) -> None:
+    """Though their heads are the same to the byte, or differ in one."""
+    file = tmp_path / "revoked"
+    file.write_text("")
+    body = {"messages": []}
+    large = [("X-Large", "x" * headers.MOST_KEPT)]
+    async with ScriptedWorker() as worker, hub_with(file, worker) as hub:
+        alice, bob = hub.token(), hub.token("bob")
+        async with await hub.wire() as wire:
+
+            async def post(token: str, path: str = CHAT, **given: Any) -> int:
+                await wire.post(path, given.pop("body", body), token, **given)
+                return (await wire.read_response()).status
+
+            assert [await post(alice) for _ in range(2)] == [200, 200]
+            served = len(worker.requests)
+            assert await post(alice, "/v1/none") == 404
+            assert await post(alice, method="PUT") == 405
+            assert await post(alice, body=b'{"messages":!}') == 400
+            assert len(worker.requests) == served
+            assert await post(bob) == 200
+            # The last byte of a signature may have bits without a meaning.
+            forged = alice[:-9] + ("A" if alice[-9] != "A" else "B") + alice[-8:]
+            assert [await post(each) for each in (alice, forged, alice)] == [
+                *(200, 401, 200),
+            ]
+            assert [await post(alice, headers=large) for _ in range(2)] == [200, 200]
+            assert await post(alice) == 200
+            replace(file, "sub:alice\n")
+            await becomes(hub, alice, 401)
+            assert [await post(each) for each in (alice, bob, alice)] == [
+                *(401, 200, 401),
+            ]
+            assert await post(bob) == 200
+            assert await post(bob, version="1.0") == 200
+            with pytest.raises((TruncatedError, OSError)):  # it was the last one
+                await post(bob)
 
 
 async def test_a_token_on_the_list_at_the_start_is_never_accepted(
