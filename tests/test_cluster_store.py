@@ -48,7 +48,9 @@ async def test_a_link_works_once_at_any_hub(tmp_path: Path, engine: str) -> None
             assert repr(here.shared) == f"<LinksInStore {one!r}>"
 
 
-async def test_what_was_changed_in_the_store_signs_in_nobody(tmp_path: Path) -> None:
+async def test_a_link_that_was_changed_in_the_store_is_not_accepted(
+    tmp_path: Path,
+) -> None:
     async with running_store(tmp_path) as server, connected(server.url) as store:
         links = Links()
         links.shared = LinksInStore(store)

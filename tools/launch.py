@@ -83,7 +83,7 @@ def _is_usable(place: Path) -> bool:
 
 
 def _is_private(place: Path) -> bool:
-    """Make a folder if there is none; return whether nobody else can write to it."""
+    """Make a folder if there is none; return whether no other user can write to it."""
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = place.lstat()

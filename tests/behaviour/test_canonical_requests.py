@@ -29,7 +29,7 @@ OURS = {"host", "user-agent", "content-type"}
 THEIRS = {"accept", "accept-language", "traceparent", "tracestate"}
 FRAMING = {"content-length", "transfer-encoding"}
 
-# Names that mean something to somebody on the way.
+# Names that mean something to a program on the way.
 NAMES = [
     *sorted(THEIRS),
     "accept-encoding",

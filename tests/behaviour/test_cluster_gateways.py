@@ -97,7 +97,7 @@ async def test_what_clients_see_when_a_hub_is_killed(tmp_path: Path) -> None:
             ]
             await until(lambda: len(worker.began) == len(whole))
             os.kill(dead.pid, signal.SIGKILL)
-            # The stream ends with an error: nobody takes it for a whole one.
+            # The stream ends with an error, so it is not mistaken for a whole one.
             with pytest.raises(openai.APIError):
                 await anext(words)
             # The others are asked again, at the other hub.

@@ -490,7 +490,7 @@ async def test_retries_of_requests_that_may_have_begun_can_be_forbidden(
 
 
 async def test_a_slow_worker_is_awaited_on_a_path_without_retries() -> None:
-    """Though somebody else could take over."""
+    """Although another one could take over."""
     settings = {"retry__once": [CHAT], "timeouts__allowance": 10}
     async with two(clock=Clock(), **settings) as (slow, other, hub):
         slow.script(wait("go"), *event_stream(role() + token("wu") + finish()))

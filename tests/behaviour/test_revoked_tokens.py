@@ -141,7 +141,7 @@ async def test_a_missing_file_does_not_restore_revoked_tokens(
 
 
 async def test_a_running_answer_is_completed(tmp_path: Path) -> None:
-    """Tokens are checked at the door, and only there."""
+    """A token is checked when its request begins, and not again."""
     file = tmp_path / "revoked"
     file.write_text("")
     async with ScriptedWorker() as worker, hub_with(file, worker) as hub:

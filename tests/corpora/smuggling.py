@@ -369,14 +369,14 @@ for _value in (
 ):
     _add(
         f"Transfer-Encoding: {_value!r}",
-        "who reads it as chunked sees chunks, who does not sees none (6.1)",
+        "a server that reads it as chunked sees chunks, another one none (6.1)",
         _post(b"Transfer-Encoding: " + _value, body=_CHUNKS),
         ((400,), (501,)),
     )
     if not _value.endswith((b", chunked", b"\r")):
         _add(
             f"a length and Transfer-Encoding: {_value!r}",
-            "who does not know the coding may fall back on the length (6.1)",
+            "a server that does not know the coding may use the length (6.1)",
             _post(_LENGTH, b"Transfer-Encoding: " + _value, body=BODY),
         )
 

@@ -259,7 +259,7 @@ def _report_ends(reports: dict[int, int]) -> None:
 
 
 def _write(report: int, number: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody waits for it
+    with contextlib.suppress(BrokenPipeError):  # its parent has stopped waiting
         os.write(report, b"%d\n" % number)
 
 

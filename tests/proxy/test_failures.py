@@ -342,14 +342,14 @@ def test_what_cannot_be_the_rest_of_an_answer_is_no_failure(
 # --- Streams that make up no answer -----------------------------------------------
 
 
-def test_a_stream_that_is_of_no_use_is_nobodys_fault() -> None:
+def test_a_stream_that_is_of_no_use_is_not_the_workers_fault() -> None:
     """The request goes out again as it was."""
     found = failure_of_assembly(LostTextError("no text"))
     assert (found.rule.result, found.cause) == (REFUSED, Cause.UNFOLDABLE)
     assert error_of(found).code is Code.WORKER_PROTOCOL
 
 
-def test_a_stream_that_can_never_be_folded_is_nobodys_fault_either() -> None:
+def test_nor_is_a_stream_that_can_never_be_folded() -> None:
     found = failure_of_assembly(UnfoldableError("an event cannot be read"))
     assert (found.rule.result, found.cause) == (REFUSED, Cause.UNFOLDABLE)
     assert found.lasting

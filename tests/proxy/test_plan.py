@@ -121,11 +121,11 @@ def test_at_first_every_worker_may_try() -> None:
     made = attempts(a, b)
     assert made.candidates() == [a, b]
     assert made.has_other()
-    for nobody in (attempts(), made):
+    for empty in (attempts(), made):
         take_out(a)
         take_out(b)
-        assert nobody.candidates() == []
-        assert not nobody.has_other()
+        assert empty.candidates() == []
+        assert not empty.has_other()
 
 
 def test_workers_without_an_attempt_go_first() -> None:
@@ -671,7 +671,7 @@ def test_other_failures_are_held_against_a_worker_elsewhere(failure: Cause) -> N
 
 
 def test_without_a_worker_the_fallback_is_asked() -> None:
-    """The next one that has somebody; the answer may then take what it takes."""
+    """The first fallback that has a worker; its answer may take as long as it needs."""
     a, b, c = worker("a"), worker("b"), worker("c")
     take_out(a)
     take_out(b)

@@ -209,7 +209,7 @@ async def test_a_stream_is_not_open_before_its_first_event() -> None:
 async def test_a_stream_that_ends_without_an_event_is_a_failure(
     ending: Ending, parts: list[bytes]
 ) -> None:
-    """In time for somebody else to be asked."""
+    """In time for another worker to be asked."""
     stage = Stage(ending)
     opening = asyncio.create_task(stage.relay.opened())
     stage.stream(*parts)
