@@ -399,9 +399,6 @@ class _Choice:
             else:
                 self.logprobs[name] = known or values
 
-    def shows_nothing(self) -> bool:
-        return not (self.calls or self.texts.shown)
-
     def text(self, index: int) -> dict[str, object]:
         logprobs = self.logprobs or None
         choice = {"text": self.texts.get("text"), "index": index, "logprobs": logprobs}
@@ -533,7 +530,8 @@ class TextAssembler(Assembler):
             raise LostTextError("the stream may lack the last text")
         # Of an answer that never left a tag of the template, or a character, the
         # stream has nothing, and the answer has it raw.  One token may be the end.
-        if (cut or (self._tokens or 0) > 1) and choice.shows_nothing():
+        several = cut or (self._tokens or 0) > 1
+        if several and not (choice.calls or choice.texts.shown):
             raise LostTextError("the stream lacks the text of the answer")
 
 
