@@ -1,1 +1,1 @@
-"""Commands that are not a hub: for its operators, without one, and the demo."""
+"""Commands for people: for operators of a hub, for use without one, and a demo."""

@@ -1,6 +1,6 @@
 """Hop-by-hop headers end at the hub, and the hub's own headers cannot be removed.
 
-Which header is of which kind is in test_wire_headers.py; here is what arrives.
+Which header is of which kind is in tests/wire/test_headers.py; here is what arrives.
 """
 
 from __future__ import annotations

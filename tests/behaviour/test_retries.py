@@ -545,7 +545,7 @@ async def test_a_500_is_blamed_on_the_worker_if_another_succeeds(
 async def test_a_response_that_fails_before_its_first_word_is_retried(
     stream: bool,
 ) -> None:
-    """Without the words of servers that end such a stream in an orderly way."""
+    """Its server ends the stream in an orderly way, but without any text."""
     begun = {"id": "resp_1", "object": "response", "status": "in_progress"}
     error = {"code": "server_error", "message": "engine died"}
     created = responses("created", response=begun | {"error": None})
