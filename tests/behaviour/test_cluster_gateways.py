@@ -18,7 +18,7 @@ from tests.fakes.hub import mint
 from tests.fakes.process import HubProcess
 from tests.fakes.replies import MODEL
 from tests.fakes.script import chat_stream
-from tests.fakes.valkey import running_store
+from tests.fakes.valkey import StoreServer, running_store
 from tests.fakes.waiting import DEADLINE, gone, until
 
 if TYPE_CHECKING:  # as it is slow to import
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # as it is slow to import
 class Gateways(NamedTuple):
     front: Gateway
     hubs: list[HubProcess]
+    store: StoreServer
 
     async def hub_of(self) -> HubProcess:
         """Return the hub that has the only request there is."""
@@ -54,7 +55,7 @@ async def gateways(
     ):
         for hub in hubs:
             await acts_with(hub, 2)
-        yield Gateways(front, hubs)
+        yield Gateways(front, hubs, store)
 
 
 def sdk(front: Gateway, retries: int = 2) -> openai.AsyncOpenAI:
@@ -153,8 +154,23 @@ async def test_a_conversation_returns_to_its_worker_through_the_other_hub(
             while [await chosen(alive, each) for each in turns] != places:
                 await asyncio.sleep(0.05)
         os.kill(dead.pid, signal.SIGKILL)
-        await acts_with(alive, 1)  # until then, the dead one has leases of some slots
+        left_over = await leases(site.store)
+        await acts_with(alive, 1)
+        async with asyncio.timeout(DEADLINE):  # the dead one has some of the slots
+            while left_over & await leases(site.store):
+                await asyncio.sleep(0.05)
         assert [(await turn(each))[1] for each in turns] == places
+
+
+async def leases(store: StoreServer) -> set[tuple[bytes, ...]]:
+    """Return the leases of slots with their ends, which move when they are renewed."""
+    found: set[tuple[bytes, ...]] = set()
+    seconds, micros = map(int, await store.ask("TIME"))
+    for key in await store.ask("KEYS", "gollama:slots:leases:*"):
+        lasting = (key, f"({seconds * 1000 + micros // 1000}", "+inf", "WITHSCORES")
+        flat = await store.ask("ZRANGEBYSCORE", *lasting)
+        found |= set(zip(flat[::2], flat[1::2], strict=True))
+    return found
 
 
 async def chosen(hub: HubProcess, messages: list[Any]) -> str:
