@@ -652,7 +652,7 @@ def failing(*args: Any, **kwargs: Any) -> Any:
 BUGS = {
     "on the path": (Registry, "resolve"),
     "in the relay": (Relay, "_forward"),
-    "at the end": (Relay, "_finish"),
+    "at the end": (Relay, "finish"),
     "in the watchdog": (Watchdog, "round"),
     "in the health check": (probe, "ping"),
     "in a canary": (Assembler, "feed"),
