@@ -413,7 +413,7 @@ class Relay:
     def _forward(self, data: bytes) -> None:
         head = b"%x\r\n" % len(data)
         self._forward_chunk(b"%b%b\r\n" % (head, data), head, parsed=True)
-        if data[0] != _COLON:
+        if data[0] != _COLON and not self._begun:
             self.events += data.count(b"data: {") - 1
         if len(data) > TAIL:
             self._transcript.cut()
@@ -476,12 +476,12 @@ class Relay:
             begin = _after_blank(data, len(data))
             if not sse.may_become_error(data[begin:]):
                 return False
-            self._begun = data[begin:]
         elif isinstance(error.code, int) and error.code < 500:
             return False
         if begin:
             self._forward(data[:begin])
         if error is None:
+            self._begun, self._lease.heard_at = data[begin:], self._clock()
             self.body_received, self.chunk_received = self._join, _leave
             return True
         text = f"Worker {self._lease.worker.name} ended the answer with an error"

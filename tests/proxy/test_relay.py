@@ -1103,3 +1103,20 @@ async def test_what_is_no_stream_has_no_events_to_wait_for(
     stage.relay.answer_ended()
     await run
     assert stage.sent == b"".join(parts)
+
+
+async def test_a_worker_is_heard_while_an_event_is_incomplete() -> None:
+    stage = Stage(chunked=False)
+    stage.stream(role(), token("a"))
+    run = asyncio.create_task(
+        pass_on(stage.relay, stage.client, keep=1 << 20, reports=False)
+    )
+    await steps()
+    stage.relay.check(stage.clock(), 60, 10)
+    stage.clock.advance(9)
+    stage.parts(b"event: err")
+    stage.clock.advance(9)
+    assert stage.relay.check(stage.clock(), 60, 10) == 9
+    stage.parts(b"or\n" + FAILURE)
+    with pytest.raises(WorkerError, match="engine died"):
+        await run
