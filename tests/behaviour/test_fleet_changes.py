@@ -35,7 +35,7 @@ from tests.fakes.script import send, wait
 from tests.fakes.waiting import DEADLINE, until
 from tests.fakes.worker import ScriptedWorker
 
-STREAMS = 60
+STREAMS = 200
 MANY = 1000
 EVENTS = role(), token("a"), token("b"), finish(), done()
 CALM = {"health__interval": RARELY, "limits__connections": 1000}
