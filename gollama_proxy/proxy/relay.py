@@ -235,8 +235,8 @@ class Relay:
         self._kept = keep
         # llama-server sends errors that lie in the answer: another one would send them,
         # too.  Other servers send them when a process of theirs has died.
-        llama_server = self._lease.worker.is_llama_server
-        self._watches = self._has_mark and not (reports or llama_server)
+        if not (reports or self._lease.worker.is_llama_server):
+            self._watches = self._has_mark
         self._answers = answers
         self._transcript = Transcript(self._ending, keep)
         self.body_received, self.chunk_received = self._forward, self._forward_chunk
