@@ -16,7 +16,6 @@ last kilobytes when it has ended (`end`).
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
@@ -48,7 +47,6 @@ _NO_PIECES = cast(list[bytes], ())
 # Members of an enum, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _DONE, _BODY = Ending.DONE, Ending.BODY
 _COLON = ord(":")
-_BLANK = re.compile(rb"\n\r?\n")
 MOST_MESSAGE = 500  # characters of such an error that a client gets
 
 
@@ -411,9 +409,11 @@ class Relay:
         return self.status == 200 and self._ending not in texts
 
     def _forward(self, data: bytes) -> None:
+        if self._watches and self._withholds(data):
+            return
         head = b"%x\r\n" % len(data)
         self._forward_chunk(b"%b%b\r\n" % (head, data), head, parsed=True)
-        if data[0] != _COLON and not self._begun:
+        if data[0] != _COLON:
             self.events += data.count(b"data: {") - 1
         if len(data) > TAIL:
             self._transcript.cut()
@@ -442,7 +442,7 @@ class Relay:
                 kept.fold()
             self.events += 1  # llama-server sends one in a chunk
         elif parsed or (chunk.startswith(head) and chunk.endswith(b"\r\n")):
-            if self._watches and self._withholds(chunk[start:-2]):
+            if self._watches and not parsed and self._withholds(chunk[start:-2]):
                 return True
             kept.add(chunk)
             if chunk[start] != _COLON:  # a comment, such as a ping, is not an event
@@ -543,4 +543,6 @@ def _leave(chunk: bytes, head: bytes) -> bool:
 
 def _after_blank(data: bytes, end: int) -> int:
     """Return where the last event begins that begins before `end`."""
-    return max((found.end() for found in _BLANK.finditer(data, 0, end)), default=0)
+    return max(
+        (found.end() for found in sse.BLANK_LINE.finditer(data, 0, end)), default=0
+    )

@@ -1008,7 +1008,7 @@ FAILED_STREAMS = {
 }
 
 
-@pytest.mark.parametrize("eol", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize(
     ("before", "passed", "behind"), FAILED_STREAMS.values(), ids=FAILED_STREAMS
 )
@@ -1037,6 +1037,8 @@ async def test_no_part_of_a_failure_is_passed_on(
         assert stage.sent.rstrip(b"\r\n") == passed.rstrip(b"\r\n")
         assert passed.startswith(stage.sent)
         assert stage.relay.relayed() == stage.sent
+        if not at:  # in one piece, of which only what the client gets counts
+            assert stage.relay.events == passed.count(b"data: ")
 
 
 async def test_events_that_are_split_are_passed_on_in_order(
@@ -1058,6 +1060,27 @@ async def test_events_that_are_split_are_passed_on_in_order(
         await run
         assert stage.sent == role() + token("a") + rest
         assert stage.relay.complete
+
+
+async def test_an_event_that_is_complete_does_not_wait_for_the_next_one(
+    deliver: Callable[[Relay, bytes], None],
+) -> None:
+    """Its blank line may consist of any line ends; half of a CRLF is one, too."""
+    for eol in (b"\n", b"\r\n", b"\r"):
+        event = b'data: {"a":1}\n\n'.replace(b"\n", eol)
+        for at in range(len(event)):
+            stage = Stage(chunked=False)
+            stage.stream(role(), token("a"))
+            run = asyncio.create_task(
+                pass_on(stage.relay, stage.client, keep=1 << 20, reports=False)
+            )
+            await steps()
+            for part in filter(None, (event[:at], event[at:])):
+                deliver(stage.relay, part)
+            assert stage.sent == role() + token("a") + event
+            stage.relay.answer_ended()
+            with pytest.raises(WorkerError, match="before it was complete"):
+                await run
 
 
 async def test_each_choice_is_counted_although_its_event_is_split() -> None:
