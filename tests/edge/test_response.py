@@ -146,6 +146,8 @@ def test_an_error_becomes_an_answer(error: Any, headers: dict[str, str]) -> None
 
 
 class Written:
+    paused = False
+
     def __init__(self) -> None:
         self.written: list[bytes] = []
         self.closed = False
@@ -161,7 +163,7 @@ class Written:
 @pytest.mark.parametrize("chunked", [True, False])
 def test_bytes_of_the_hubs_own_are_framed_as_the_rest_is(chunked: bool) -> None:
     connection = Written()
-    client = Client(connection.write, connection.drain, int, chunked)
+    client = Client(connection, connection, connection, chunked)
     client.send(b"one")
     client.send(b"a longer one")
     own = [b"one", b"a longer one"]
@@ -171,13 +173,13 @@ def test_bytes_of_the_hubs_own_are_framed_as_the_rest_is(chunked: bool) -> None:
 def test_nothing_is_not_sent() -> None:
     """An empty chunk would be the last one."""
     connection = Written()
-    Client(connection.write, connection.drain, int, chunked=True).send(b"")
+    Client(connection, connection, connection, chunked=True).send(b"")
     assert connection.written == []
 
 
 def test_a_client_that_left_a_moment_ago_is_not_written_to() -> None:
     connection = Written()
-    client = Client(connection.write, connection.drain, int, chunked=True)
+    client = Client(connection, connection, connection, chunked=True)
     client.send(b"one")
     connection.closed = True
     client.send(b"two")

@@ -51,9 +51,9 @@ async def test_a_good_worker_is_described_completely() -> None:
     async with ScriptedWorker("a", "b", slots=3, n_ctx=512, build="b1-ab") as worker:
         finding = await ping(worker)
         asked = [request.target for request in worker.control]
-    assert finding == Finding(
-        Check.OK, "ok", Description((Model("a", 512), Model("b", 512)), 3, 512, "b1-ab")
-    )
+    models = tuple(Model(name, 512, inputs=()) for name in "ab")
+    described = Description(models, 3, 512, "b1-ab")
+    assert finding == Finding(Check.OK, "ok", described)
     assert asked == ["/health", "/v1/models", "/props"], "and nothing else"
 
 
@@ -380,7 +380,7 @@ async def test_the_proxy_of_the_environment_is_not_used(
 async def test_examining_a_good_worker() -> None:
     async with ScriptedWorker("a", slots=2, n_ctx=64, build="b9") as worker:
         report = await probe.examine(configured(worker.url), HEALTH)
-    reported = Description((Model("a", 64),), 2, 64, "b9")
+    reported = Description((Model("a", 64, inputs=()),), 2, 64, "b9")
     assert report == Finding(Check.OK, "ok", reported)
 
 
