@@ -194,15 +194,27 @@ class Stream:
         return KEEP if self._x.keep_alive else CLOSE
 
     def break_off(self, error: ProxyError) -> Sent:
-        """End visibly: with an error event for a stream, and never with a last chunk.
+        """End visibly: with an error event for a stream, and without a last chunk.
+
+        But a stream in which the worker has reported its failure by the last event of
+        its API ends as the worker's does.
 
         `close` still sends what is buffered, including the error event; `abort` would
         discard it.
         """
         relay = self._relay
+        reported = isinstance(error, ReportedError)
+        if (
+            reported
+            and relay is not None
+            and self._x.endpoint.ending is _NAMED
+            and relay.end.complete
+            and not relay.end.rest
+        ):
+            return self.finish()
         self._send_rest()
         events = relay is None or relay.is_event_stream
-        if events and not isinstance(error, ReportedError):
+        if events and not reported:
             if relay is not None and not self._mended and relay.end.rest:
                 self._client.send(b"\n\n")
             self._end_by(error.code.status, error.body())

@@ -49,7 +49,7 @@ from gollama_proxy.wire.sse import DONE, Gatherer, data_of, events_in, split_eve
 _Fields = Mapping[str, Any]
 # Members of enums, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _ANTHROPIC, _NATIVE, _RESPONSES = Api.ANTHROPIC, Api.NATIVE, Api.RESPONSES
-_UNTIL_DONE = Ending.DONE
+_UNTIL_DONE, _NAMED = Ending.DONE, Ending.NAMED
 
 
 class Prefill(msgspec.Struct, frozen=True, gc=False):
@@ -389,8 +389,10 @@ _LAST_EVENT = re.compile(
 )
 _TRANSCRIPT_DONE = re.compile(rb'"type"\s*:\s*"transcript\.text\.done"')
 _REASONS = re.compile(rb'"finish_reason"\s*:\s*(null|""|"[^"]+")')
+# `response.failed` is both: its answer ends there, and its worker has failed.
 _ERROR_EVENT = re.compile(
-    rb'(?:^|[\r\n])(?:data: ?\{\s*"error"\s*:|event: ?error[\r\n])'
+    rb'(?:^|[\r\n])(?:data: ?\{\s*"error"\s*:|'
+    rb"event: ?(?:error|response\.failed)[\r\n])"
 )
 # An error anywhere in an event, for the APIs that have no such field otherwise.
 _ERROR = re.compile(
@@ -405,7 +407,7 @@ class End(msgspec.Struct, gc=False):
 
     complete: bool = False  # it has the mark of a complete answer
     done: bool = False  # it has a `[DONE]`
-    failed: bool = False  # the worker sent an error as an event
+    failed: bool = False  # the worker reported that it failed, by an event
     rest: bytes = b""  # an unfinished event after the last blank line
     usage: Usage = Usage()
 
@@ -474,7 +476,9 @@ def _has_reason(tail: bytes) -> bool:
 
 def has_error(tail: bytes, ending: Ending) -> bool:
     """Return whether one of these events is an error."""
-    if tail.find(b"error") < 0:  # cheaper than `in`
+    if tail.find(b"error") < 0 and (  # cheaper than `in`
+        ending is not _NAMED or tail.find(b"response.failed") < 0
+    ):
         return False
     if _ERROR_EVENT.search(tail) is not None:
         return True

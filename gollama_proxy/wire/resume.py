@@ -168,8 +168,7 @@ class Transcript:
         tail = self.tail()  # which folds the words
         if self._ending is not Ending.DONE:  # a long event may follow a mark
             self.marked = self.marked or is_complete(tail, self._ending)
-        if b"error" in tail:
-            self.failed = self.failed or has_error(tail, self._ending)
+        self.failed = self.failed or has_error(tail, self._ending)
         chunks, self.chunks = self.chunks, []
         if chunks:
             self._size += sum(map(len, chunks))

@@ -21,7 +21,18 @@ from tests.fakes.client import Ending, Response
 from tests.fakes.clock import Clock
 from tests.fakes.hub import RunningHub, running_hub
 from tests.fakes.page import parse, value
-from tests.fakes.replies import chunk, done, event, last_chunk, role, sse_head, token
+from tests.fakes.replies import (
+    anthropic,
+    chunk,
+    done,
+    event,
+    last_chunk,
+    named_event,
+    responses,
+    role,
+    sse_head,
+    token,
+)
 from tests.fakes.script import answer, close, reset, send, wait
 from tests.fakes.standins import (
     TEXTS,
@@ -581,6 +592,49 @@ async def test_a_failure_without_help_is_reported_in_the_words_of_the_server(
         own = re.findall(rb'"message":"([^"]+)"', b"".join(server.breaking()))
         for message in own:  # Ollama sends none
             assert message.decode() in error["message"]
+
+
+# The events that end a stream, and how it is then recorded.
+BEGUN = {
+    "/v1/responses": responses("output_text.delta", delta="no"),
+    "/v1/messages": anthropic("content_block_delta", delta={"text": "no"}),
+}
+ANSWER = {"id": "resp_1", "object": "response", "error": None}
+BOOM = {"message": "boom", "code": "server_error"}
+AT = {"param": None, "sequence_number": 7}
+OVERLOADED = {"type": "overloaded_error", "message": "boom"}
+LAST_EVENTS = [
+    ("/v1/responses", responses("failed", response=ANSWER | {"error": BOOM}), True),
+    ("/v1/responses", named_event({"type": "error"} | AT | BOOM), True),
+    ("/v1/responses", responses("incomplete", response=ANSWER), False),
+    ("/v1/messages", anthropic("error", error=OVERLOADED), True),
+    ("/v1/messages", anthropic("message_stop"), False),
+]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("path", "last", "fails"), LAST_EVENTS)
+async def test_an_answer_that_cannot_be_continued_ends_with_the_event_of_its_server(
+    path: str, last: bytes, fails: bool, split: bool, tmp_path: Path
+) -> None:
+    """Byte for byte, and its worker is blamed where the event reports a failure."""
+    parts = [last[:9], last[9:40], last[40:]] if split else [last]
+    async with behind(KINDS[0], tmp_path, breaker__consecutive=1) as (server, hub):
+        (worker,) = hub.hub.registry.workers
+        begun = (send(sse_head()), send(chunk(BEGUN[path])), wait("go"))
+        server.script(
+            *begun, *(send(chunk(part)) for part in parts), send(last_chunk())
+        )
+        async with await hub.open(path, STREAM) as wire:
+            await wire.read_head()
+            server.release("go")
+            ending = await wire.read_to_end()
+        assert ending.response.body == BEGUN[path] + last
+        # SDKs of Responses read on to the end of the body.
+        assert ending.clean is (b"event: error" not in last)
+        (record,) = hub.hub.recent.find()
+        assert record["outcome"] == ("error" if fails else "complete")
+        assert worker.breaker.closed is not fails
 
 
 @each_kind

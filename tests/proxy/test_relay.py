@@ -858,7 +858,7 @@ COMPLETE = {
     "messages": (Ending.NAMED, [*MESSAGE, named_event({"type": "message_stop"})]),
     **{
         kind: (Ending.NAMED, [named_event({"type": f"response.{kind}"})])
-        for kind in ("completed", "incomplete", "failed")
+        for kind in ("completed", "incomplete")
     },
 }
 
@@ -959,6 +959,23 @@ async def test_a_stream_with_its_own_error_gets_no_other(lost: str) -> None:
     with pytest.raises(ReportedError):
         await stage.play(role(), error_event("no"), lost=lost)
     assert stage.sent == chunk(role()) + chunk(error_event("no"))
+
+
+@pytest.mark.parametrize("lost", ["", "reset"])
+@pytest.mark.parametrize("number", [1, 30])
+async def test_a_response_that_failed_is_passed_on_as_a_failure(
+    number: int, lost: str
+) -> None:
+    """However long its last event is."""
+    stage = Stage(Ending.NAMED)
+    stage.sink.room.set()
+    closing = b"event: response.failed\n"
+    parts = [*MESSAGE, closing, *[b"data: " + b"x" * 1000 + b"\n"] * number, b"\n"]
+    with pytest.raises(ReportedError):
+        await stage.play(*parts, lost=lost)
+    assert stage.sent == b"".join(map(chunk, parts))
+    assert stage.relay.end.complete
+    assert not stage.relay.complete
 
 
 async def test_a_broken_chunk_behind_a_complete_stream_does_not_matter() -> None:

@@ -18,6 +18,7 @@ from gollama_proxy.proxy.relay import Relay
 from gollama_proxy.proxy.response import Assembly, Stream, in_one_piece
 from gollama_proxy.proxy.state import Exchange
 from gollama_proxy.upstream.connection import Connection
+from gollama_proxy.wire.answer import read_end
 from gollama_proxy.wire.assemble import ask_for_stream
 from gollama_proxy.wire.errors import Code, ProxyError, WorkerError
 from gollama_proxy.wire.folding import AssemblyError, LostTextError, UnfoldableError
@@ -26,7 +27,16 @@ from tests.fakes import requests
 from tests.fakes.clock import Clock
 from tests.fakes.pool import worker
 from tests.fakes.relays import pass_on
-from tests.fakes.replies import chunk, error_event, role, token, usage_of
+from tests.fakes.replies import (
+    anthropic,
+    chunk,
+    done,
+    error_event,
+    responses,
+    role,
+    token,
+    usage_of,
+)
 from tests.fakes.streams import chat_stream, text_stream
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -265,6 +275,29 @@ async def test_a_broken_stream_ends_with_one_error_event(
     assert stage.transport.written.startswith(written)
     assert bool(stage.transport.written) is bool(written)
     assert stage.transport.end == "closed"
+
+
+@pytest.mark.parametrize(
+    ("route", "tail", "whole"),
+    [
+        ("/v1/responses", responses("failed"), True),
+        ("/v1/responses", responses("failed")[:-1], False),
+        ("/v1/messages", anthropic("error"), False),
+        (CHAT, error_event("no") + done(), False),
+    ],
+)
+async def test_a_failure_that_ends_an_answer_is_its_regular_end(
+    route: str, tail: bytes, whole: bool
+) -> None:
+    stage = Stage(route)
+    relay = received()
+    stage.open(relay)
+    relay.end = read_end(tail, ENDPOINTS[route].ending)
+    assert relay.end.failed
+    response = stage.stream.break_off(ReportedError(Code.WORKER_INCOMPLETE, "because"))
+    assert response.keep_alive is whole
+    assert stage.transport.written == (b"0\r\n\r\n" if whole else b"")
+    assert (stage.transport.end == "closed") is not whole
 
 
 @pytest.mark.parametrize(

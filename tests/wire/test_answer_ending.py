@@ -336,6 +336,30 @@ def test_an_error_counts_whatever_follows(error: bytes, ending: Ending) -> None:
     assert not read_end(b'data: {"choices":[],"error":null}\n\n', ending).failed
 
 
+@LINE_ENDS
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("completed", (True, False, False)),
+        ("incomplete", (True, False, False)),  # as with `max_output_tokens`
+        ("failed", (True, False, True)),
+        ("failed.not", NOTHING),
+    ],
+)
+def test_a_response_that_failed_is_at_its_end_and_has_an_error(
+    kind: str, found: tuple[bool, bool, bool], eol: bytes
+) -> None:
+    last = responses(kind, response={"status": "x"})
+    assert marks(last.replace(b"\n", eol), Ending.NAMED) == found
+    written = responses("output_text.delta", delta="\nevent: response.failed\n")
+    assert marks(written, Ending.NAMED) == NOTHING
+
+
+def test_the_error_of_a_message_is_no_end() -> None:
+    error = anthropic("error", error={"type": "overloaded_error", "message": "no"})
+    assert marks(error, Ending.NAMED) == (False, False, True)
+
+
 def test_an_end_has_the_usage_of_its_api() -> None:
     counts = {"input_tokens": 9, "output_tokens": 4}
     tail = event({"usage": counts, "timings": replies.timings_of(4, 9)})
