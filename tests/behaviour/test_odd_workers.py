@@ -59,7 +59,7 @@ from tests.upstream.test_probe import HEALTH, ping, target_of
 
 OK = answer(chat_completion("hello"))
 
-# --- 1: test_upstream_connection.py, test_stale_connections.py --------------------
+# --- 1: upstream/test_connection.py, test_stale_connections.py ---------------------
 
 SECOND = head(404, [("Content-Length", "5")]) + b"hello"
 
@@ -88,7 +88,7 @@ async def test_a_second_answer_does_not_reach_the_next_client() -> None:
         assert (response.status, response.json()) == (200, {"n": 2})
 
 
-# --- 2: test_stale_connections.py, test_upstream_attempt.py -----------------------
+# --- 2: test_stale_connections.py, proxy/test_attempt.py --------------------------
 
 
 @pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\nContent-", head(100)])
@@ -190,7 +190,7 @@ async def test_one_finished_choice_of_two_is_not_a_complete_answer() -> None:
     assert_broken_off(ending, role() + FINISH + other, "worker_connection_lost")
 
 
-# --- 7: test_honest_endings.py, test_old_clients.py, test_backpressure.py ----------
+# --- 7: test_honest_endings.py, test_old_clients.py, test_backpressure.py ---------
 
 
 @pytest.mark.parametrize("end", [reset(), close()])
@@ -222,7 +222,7 @@ async def test_an_http_1_0_client_can_detect_a_cut_answer() -> None:
     assert ending.reset
 
 
-# --- 8: test_honest_endings.py, test_upstream_relay.py ----------------------------
+# --- 8: test_honest_endings.py, proxy/test_relay.py -------------------------------
 
 
 async def test_an_error_that_is_too_long_is_replaced() -> None:
@@ -237,7 +237,7 @@ async def test_an_error_that_is_too_long_is_replaced() -> None:
     assert len(response.json()["error"]["message"]) < 200
 
 
-# --- 10, 11: test_upstream_probe.py -----------------------------------------------
+# --- 10, 11: upstream/test_probe.py -----------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/props"])
@@ -302,7 +302,7 @@ async def test_a_worker_that_stops_reading_has_a_deadline(leaves: bool) -> None:
             assert (await wire.read_response()).status == 504
 
 
-# --- 14: test_upstream_attempt.py -------------------------------------------------
+# --- 14: proxy/test_attempt.py ----------------------------------------------------
 
 
 async def test_an_upload_does_not_make_an_idle_connection_younger() -> None:
