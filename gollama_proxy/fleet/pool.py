@@ -82,7 +82,7 @@ class Pool:
         self._able_until = math.inf  # when time alone may change it
         self._unloaded = False  # some worker would have to load the model
         self._contexts: tuple[int, ...] | None = None  # those that are known, sorted
-        # Some worker is known not to take pictures, sound or films; valid once
+        # Some worker is known not to take pictures, sound or video; valid once
         # `least_context` has been read.
         self.selects = False
 
