@@ -238,7 +238,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(words)
     args.following, args.words = following, words
     if unknown:  # reported with the flags of the command
-        args.parser.error(f"{' '.join(unknown)}: not a flag of this command")
+        kind = "a flag" if any(word[:1] == "-" for word in unknown) else "an argument"
+        args.parser.error(f"{' '.join(unknown)}: not {kind} of this command")
     return args
 
 

@@ -240,7 +240,8 @@ def check(config: Config) -> int:
     shared = _check_store(config)
     if not config.workers:
         print("No worker is configured: add [[workers]] to the file, each with a url,")
-        print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080")
+        print("or set GOLLAMA_WORKERS=http://10.0.0.11:8080; or machines register")
+        print("themselves: gollama-proxy agent")
         return 1
     from gollama_proxy.commands.display import print_table
     from gollama_proxy.fleet.registry import Registry

@@ -16,6 +16,7 @@ from msgspec import Struct, structs
 from gollama_proxy.config.values import (
     ConfigError,
     Duration,
+    Host,
     Listen,
     Lists,
     Mac,
@@ -68,7 +69,7 @@ StreamedRoutes = Annotated[
 
 
 class Server(Struct, frozen=True):
-    host: Annotated[Text, "address to listen on"] = "127.0.0.1"
+    host: Annotated[Host, "address to listen on"] = "127.0.0.1"
     port: Annotated[int, whole(0, 65_535), "port to listen on; 0: any free one"] = 8000
     processes: Annotated[
         Processes, "processes that share the address; auto: one for each CPU core"

@@ -163,6 +163,12 @@ def _check_printable(value: str) -> str:
     return value
 
 
+def _check_host(host: str) -> str:
+    if host.startswith("["):  # as in a URL, with which sockets cannot do anything
+        raise ValueError
+    return _check_printable(host)
+
+
 def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
     if not names or not all(map(str.strip, names)):
         raise ValueError
@@ -274,6 +280,9 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 Word = Annotated[str, Meta(min_length=1)]
 Text = Annotated[str, other("text on one line", _check_printable)]
+Host = Annotated[
+    str, other("text on one line, an IPv6 address without brackets", _check_host)
+]
 StoreUrl = Annotated[
     str,
     other(

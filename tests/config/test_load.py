@@ -60,6 +60,7 @@ def refusal(
         ("server.port = [80]", "server.port = [80]", "a whole number"),
         ("server.host = 7", "server.host = 7", "text on one line"),
         ('server.host = "a\\nb"', "server.host = 'a\\nb'", "text on one line"),
+        ('server.host = "[::1]"', "server.host = '[::1]'", "without brackets"),
         ("server.insecure_bind = 1", "server.insecure_bind = 1", "true or false"),
         ("server.drain = -1", "server.drain = -1", "seconds from 0 to 86,400"),
         ("server.drain = nan", "server.drain = nan", "seconds from 0 to 86,400"),
