@@ -230,8 +230,8 @@ class History:
         self._taken = 0  # samples, those that were missed included
         self._at = clock()  # when the last one was taken
         self._counted = recent.count
-        # Of each request that runs: its tokens, and whether its answer has begun.
-        self._seen: dict[tuple[str, float], tuple[int, bool]] = {}
+        # The tokens of each answer that had begun.
+        self._seen: dict[tuple[str, float], int] = {}
         self._hub = _Track(dict.fromkeys(OF_HUB), 1)
         self._workers: dict[str, _Track] = {}
         self.time = round(time.time(), 3)  # of the last sample, in Unix seconds
@@ -299,10 +299,11 @@ class History:
         begun: dict[str, list[float]] = {}
 
         def count(x: RunningSample) -> None:
-            known, had_begun = before.get((x.id, x.started), (0, False))
-            if x.tokens > known:
-                tokens[x.worker] = tokens.get(x.worker, 0) + x.tokens - known
-            begins = x.first_byte is not None and not had_begun
+            known = before.get((x.id, x.started))
+            if x.tokens > (known or 0):
+                news = x.tokens - (known or 0)
+                tokens[x.worker] = tokens.get(x.worker, 0) + news
+            begins = x.first_byte is not None and known is None
             if begins and ENDPOINTS[x.route].generates:
                 begun.setdefault(x.worker, []).append(x.first_byte or 0.0)
 
@@ -314,7 +315,8 @@ class History:
         self._counted = self._recent.count
         for x in running:
             count(x)
-            self._seen[x.id, x.started] = x.tokens, x.first_byte is not None
+            if x.first_byte is not None:
+                self._seen[x.id, x.started] = x.tokens
         return errors, tokens, begun
 
     def _note(self, worker: Worker, speed: float, firsts: Collection[float]) -> bool:

@@ -31,7 +31,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from msgspec.structs import replace
 
@@ -45,6 +46,7 @@ from gollama_proxy.wire.errors import OVERFLOW_TYPE, Code, Overflow, RequestErro
 
 PAUSE = (0.05, 0.15)  # seconds, between two attempts on the same worker
 MOST_OFFERS = 8  # that the error of a prompt that fits nowhere lists
+_NO_NEEDS: Mapping[str, int] = MappingProxyType({})  # of nearly every request
 _BELIEVED = 2  # workers with the same 5xx, after which the request is at fault
 
 
@@ -91,15 +93,13 @@ class Plan:
         """Plan a request on a path; `ask` is what the policies know of it."""
         self.pool = pools[0]  # the current one
         self.ask = ask
-        self.needs: dict[str, int] = {}  # tokens of the prompt, by model; 0: not known
+        self.needs = _NO_NEEDS  # tokens of the prompt, by model; 0: not known
         self.media: frozenset[str] | None = None  # besides text; None: not looked for
         self.single = len(pools) == 1  # without a fallback
         # A request that a worker may have begun is not retried.
         self.once = path in config.retry.once
         self._pools = pools
-        self._tried: list[list[Worker]] = [[]]  # by pool
-        while len(self._tried) < len(pools):  # cheaper than a comprehension
-            self._tried.append([])
+        self._tried: list[tuple[Worker, ...]] = [()] * len(pools)  # by pool
         self._limits = config.retry
         self._budget = budget
         self._rng = rng
@@ -129,7 +129,7 @@ class Plan:
     # --- Which worker -------------------------------------------------------------
 
     @property
-    def tried(self) -> list[Worker]:
+    def tried(self) -> tuple[Worker, ...]:
         """The workers of this pool that have had an attempt."""
         return self._tried[self._place]
 
@@ -171,7 +171,7 @@ class Plan:
 
     def begin(self, worker: Worker) -> None:
         """Record the worker of an attempt."""
-        self._tried[self._place].append(worker)
+        self._tried[self._place] += (worker,)
         self._last = worker
         if self._place and not self.begun:
             self._pools[0].missed = True  # it may have a machine that can be woken
@@ -180,6 +180,10 @@ class Plan:
             self._again = self._repeat = False
         if self._resuming:
             self._continuations -= 1
+
+    def need(self, model: str, tokens: int) -> None:
+        """Record how many tokens the prompt has for a model; 0 if that is not known."""
+        self.needs = {**self.needs, model: tokens}
 
     def _untried(self, place: int) -> list[Worker]:
         """Return the suitable workers of a pool that have not had an attempt."""
@@ -341,7 +345,7 @@ class Plan:
             return None
         if rule.again is Again.AS_SENT:
             self.as_sent = self._again = self._repeat = True
-            self.tried.pop()  # this counts as the same attempt
+            self._tried[self._place] = self.tried[:-1]  # it is the same attempt
             return 0.0
         if self._note(cause, self.tried[-1]):
             return 0.0 if self._fall_back() else None
@@ -392,8 +396,9 @@ class Plan:
         """
         last = self.tried[-1]
         passed = [*self._declined, last]
-        self._tried = [[w for w in some if w not in passed] for some in self._tried]
-        self.tried.append(last)
+        for place, some in enumerate(self._tried):
+            self._tried[place] = tuple(w for w in some if w not in passed)
+        self._tried[self._place] += (last,)
         self._declined = ()
         self._suspects = ()
         self._free = self._resuming = True

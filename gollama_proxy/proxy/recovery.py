@@ -201,7 +201,7 @@ def _pause_before_next(
     if not x.body.untouched or (x.fed and x.resume is None):
         return None
     if failure.overflow is not None and failure.overflow.tokens:
-        x.plan.needs[x.plan.pool.model] = failure.overflow.tokens
+        x.plan.need(x.plan.pool.model, failure.overflow.tokens)
     cause = failure.cause
     if cause is Cause.UNFOLDABLE:
         x.resume = None

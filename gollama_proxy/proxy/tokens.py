@@ -121,16 +121,16 @@ class Fitting:
 
     async def _judge(self, x: Exchange, pool: Pool) -> None:
         """Count the tokens of the prompt for a model, unless that is known."""
-        model, needs = pool.model, x.plan.needs
-        if model in needs:
+        model, plan = pool.model, x.plan
+        if model in plan.needs:
             return
         if not x.body.replayable:
-            needs[model] = self._guess(x, pool)
+            plan.need(model, self._guess(x, pool))
             return
         able = [worker for worker in pool.able if not worker.loads(model)]
         if not able:
             return
-        needs[model] = 0
+        plan.need(model, 0)
         # Other servers have no such routes; llama-swap has those of its servers.
         counter = min(able, key=lambda w: (not w.is_llama_server, w.in_flight))
         body = x.body.named(model)
@@ -138,9 +138,9 @@ class Fitting:
         if tokens is None:
             # A server whose context has to be stated may cut a prompt in silence.
             if any(worker.config.context for worker in pool.workers):
-                needs[model] = self._guess(x, pool)
+                plan.need(model, self._guess(x, pool))
         else:
-            needs[model] = tokens
+            plan.need(model, tokens)
             self.prompts.learn(model, x.body.size, tokens)
 
     def _guess(self, x: Exchange, pool: Pool) -> int:

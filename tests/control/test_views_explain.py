@@ -124,7 +124,7 @@ class Fleet:
         def planned() -> Plan:
             made = plan(self.balancer, pool)
             made.ask = ask
-            made.needs |= needs
+            made.needs = needs
             return made
 
         pools = registry.pools_for(pool, (), None)

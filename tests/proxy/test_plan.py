@@ -362,7 +362,7 @@ def test_a_prompt_goes_only_where_it_fits() -> None:
     small, exact, large = worker("a"), worker("b", 2000), worker("c", 2001)
     unknown = worker("d", None)
     made = attempts(small, exact, large, unknown)
-    made.needs["tiny"] = 2000
+    made.need("tiny", 2000)
     assert made.candidates() == [large, unknown]
     assert made.fitting(made.pool) == [large, unknown]
 
@@ -380,10 +380,10 @@ def test_whether_it_fits_somewhere_does_not_depend_on_which_workers_are_up() -> 
     small, large = worker("a"), worker("b", 4096)
     take_out(large)
     made = attempts(small, large)
-    made.needs["tiny"] = 2000
+    made.need("tiny", 2000)
     assert made.fitting(made.pool) == []
     assert made.fits_somewhere
-    made.needs["tiny"] = 5000
+    made.need("tiny", 5000)
     assert not made.fits_somewhere
 
 
@@ -394,7 +394,7 @@ def test_each_model_counts_for_itself() -> None:
     assert made.fits_somewhere
     assert made.candidates() == [second]
     assert made.pool.model == "other1"
-    made.needs["other1"] = 1024
+    made.need("other1", 1024)
     assert not made.fits_somewhere
     error = made.too_long()
     assert error is not None
@@ -430,7 +430,7 @@ def test_a_worker_that_is_out_is_waited_for_if_it_may_have_the_request() -> None
     a, b = worker("a"), worker("b", 4096)
     made = attempts(a, b)
     assert made.awaits(a)
-    made.needs["tiny"] = 2000
+    made.need("tiny", 2000)
     assert not made.awaits(a)
     assert made.awaits(b)
     made.begin(b)
@@ -743,7 +743,7 @@ def test_a_worker_may_try_again_with_the_other_model() -> None:
     a = worker("a", models=["tiny", "other1"])
     made = failed(attempts(a, fallbacks=[[a]], attempts=1), a)
     assert made.retry_after(Cause.LOST) == 0.0
-    assert (made.pool.model, made.candidates(), made.tried) == ("other1", [a], [])
+    assert (made.pool.model, made.candidates(), made.tried) == ("other1", [a], ())
 
 
 def test_a_fallback_that_succeeds_blames_no_worker() -> None:
@@ -863,7 +863,7 @@ def test_it_may_go_on_though_the_attempts_were_used_up() -> None:
     a, b, c = worker("a"), worker("b"), worker("c")
     made = failed(attempts(a, b, c, attempts=2, continuations=5), a)
     resumed(made, b)
-    assert made.tried == [a, b]
+    assert made.tried == (a, b)
     assert made.retry_after(Cause.LOST) == 0.0
     assert made.candidates() == [c]
 

@@ -602,7 +602,7 @@ def test_an_answer_that_breaks_off_once_more_is_continued_from_there() -> None:
     recovery.broke_off(x, b, relayed(None), LOST)
     assert (x.rescued, x.resume) == (1, resume)
     assert resume.partial.text == " no to wu"
-    assert x.plan.tried == [a, b]
+    assert x.plan.tried == (a, b)
 
 
 @pytest.mark.parametrize("fed", [True, False])
