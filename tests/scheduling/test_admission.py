@@ -23,6 +23,7 @@ from gollama_proxy.config.settings import Queue
 from gollama_proxy.scheduling.admission import (
     FRESH,
     KEPT,
+    MOST_PATIENCE,
     RETRY_AFTER,
     RETRY_AFTER_MOST,
     Admission,
@@ -128,6 +129,49 @@ def test_a_subject_that_comes_back_has_the_limit_of_its_last_request() -> None:
     assert admission.admit("a", "m", limit=1) is holder
     assert admission.admit("a", "m", limit=1) is None
     assert admission.admit("a", "m") is holder
+
+
+def test_a_subject_that_was_not_admitted_is_not_kept_either() -> None:
+    admission = make()
+    wait(admission, "w")
+    for number in range(KEPT + 10):
+        assert admission.admit(str(number), "m") is None
+    assert len(admission._subjects) == KEPT
+
+
+def test_what_runs_elsewhere_counts_for_a_subject_that_is_new_here() -> None:
+    admission = make()
+    admission.note_elsewhere({"a": 1, "b": 2})
+    assert admission.admit("a", "m", limit=2) is not None
+    assert admission.admit("a", "m", limit=2) is None
+    assert admission.admit("b", "m", limit=2) is None
+    assert admission.admit("c", "m", limit=1) is not None
+
+
+def test_a_subject_takes_a_slot_by_class_and_then_by_order() -> None:
+    admission = make()
+    wait(admission, "a", "m", BATCH)
+    wait(admission, "a", "n", INTERACTIVE)
+    wait(admission, "a", "m", INTERACTIVE)
+    taken = [admission.take("a", "mn", lambda ticket: True) for _ in range(4)]
+    assert [ticket and (ticket.model, ticket.priority) for ticket in taken] == [
+        ("n", INTERACTIVE),
+        ("m", INTERACTIVE),
+        ("m", BATCH),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (Place(2, 5, None), "queued 2/5"),
+        (Place(1, 1, 0.2), "queued 1/1 eta 1s"),
+        (Place(3, 4, 12.0), "queued 3/4 eta 12s"),
+    ],
+)
+def test_a_place_is_written_for_clients(place: Place, text: str) -> None:
+    assert str(place) == text
 
 
 def test_a_client_that_leaves_while_it_waits_leaves_the_queue() -> None:
@@ -440,6 +484,104 @@ def test_a_displaced_ticket_may_leave_in_the_call_that_reports_it() -> None:
     wait(admission, "aa")
     wait(admission, "b")
     assert turns(admission) == "ab"
+
+
+# --- What would happen ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("subject", "model", "priority", "limit", "admitted"),
+    [
+        ("new", "m", INTERACTIVE, 0, True),
+        ("new", "m", BATCH, 0, False),  # `batch` goes first
+        ("new", "other", BATCH, 0, True),
+        ("runs", "m", INTERACTIVE, 0, True),
+        ("runs", "m", INTERACTIVE, 1, False),
+        ("runs", "m", INTERACTIVE, 2, True),
+        ("elsewhere", "m", INTERACTIVE, 1, False),
+        ("withheld", "m", INTERACTIVE, 1, False),
+        ("withheld", "late", INTERACTIVE, 2, False),  # its own one goes first
+        ("withheld", "late", BATCH, 2, False),
+        ("withheld", "m", INTERACTIVE, 2, True),
+        ("held", "late", INTERACTIVE, 2, True),  # its own one is of a lower class
+        ("held", "late", BATCH, 2, False),
+        ("other", "late", BATCH, 0, True),  # those that wait cannot go in
+    ],
+)
+def test_what_would_be_decided_is_known_without_deciding_it(
+    subject: str, model: str, priority: Priority, limit: int, admitted: bool
+) -> None:
+    admission = make()
+    admission.note_elsewhere({"elsewhere": 1})
+    assert admission.admit("runs", "m") is not None
+    for name, own in (("withheld", INTERACTIVE), ("held", BATCH)):
+        assert admission.admit(name, "m", limit=1) is not None
+        admission.join(name, "late", own, 1)
+    wait(admission, ["batch"], priority=BATCH)
+    before = repr(admission), admission.wanted()
+    assert admission.would_admit(subject, model, priority, limit) is admitted
+    assert (repr(admission), admission.wanted()) == before
+    if subject not in ("withheld", "held"):  # `admit` leaves that order to the queue
+        assert (admission.admit(subject, model, priority, limit) is None) != admitted
+
+
+def test_an_empty_queue_admits_a_subject_below_its_limit() -> None:
+    admission = make()
+    assert admission.would_admit("new", "m", BATCH, 0)
+    assert admission.would_admit("new", "m", BATCH, 1)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "subject", "priority", "room"),
+    [
+        ("a", "a", INTERACTIVE, True),  # not full
+        ("aa", "b", INTERACTIVE, True),  # in place of one of `a`
+        ("aa", "b", BATCH, False),
+        ("aa", "a", INTERACTIVE, False),
+        ("ab", "c", INTERACTIVE, False),
+    ],
+)
+def test_whether_a_request_would_find_room_is_known(
+    waiting: str, subject: str, priority: Priority, room: bool
+) -> None:
+    admission = make(2)
+    wait(admission, waiting)
+    assert admission.would_join(subject, priority) is room
+    assert admission.waiting == len(waiting)
+    if room:
+        admission.join(subject, "m", priority)
+    else:
+        refused(admission, subject, priority)
+
+
+def test_the_place_of_a_request_that_has_not_come() -> None:
+    clock = Clock()
+    admission = make(clock=clock)
+    assert admission.outlook("m", BATCH) == Place(1, 1, None)
+    wait(admission, "aaaa")
+    for _ in range(2):
+        clock.advance(4)
+        admission.next("m")
+    wait(admission, "bbb", priority=BATCH)
+    wait(admission, "c", "other")
+    assert admission.outlook("m", INTERACTIVE) == Place(3, 6, 12.0)
+    assert admission.outlook("m", BATCH) == Place(6, 6, 24.0)
+    assert admission.outlook("other", BATCH) == Place(2, 2, None)
+
+
+@pytest.mark.parametrize(("timeout", "seconds"), [(10, 5), (600, MOST_PATIENCE)])
+def test_a_request_waits_half_of_its_time_for_a_better_worker(
+    timeout: float, seconds: float
+) -> None:
+    assert make(timeout=timeout).patience == seconds
+
+
+def test_only_what_runs_of_limited_subjects_is_reported() -> None:
+    admission = make()
+    for name, limit in (("a", 0), ("b", 2), ("b", 2), ("c", 3)):
+        assert admission.admit(name, "m", limit=limit) is not None
+    wait(admission, "d", limit=1)
+    assert admission.limited() == {"b": 2, "c": 1}
 
 
 # --- Places and errors -------------------------------------------------------------
@@ -1047,6 +1189,17 @@ def test_a_request_that_got_a_free_slot_of_the_store_is_no_pace() -> None:
         admission.next("m")
     waiting = admission.join("a", "m", Priority.INTERACTIVE)
     assert admission.place(waiting).eta is None
+    assert admission.expected_wait("m") is None
+
+
+def test_it_is_none_while_another_request_waits_either() -> None:
+    clock = Clock()
+    admission = make(clock=clock)
+    wait(admission, "b", priority=BATCH)
+    for _ in range(4):
+        wait(admission, "a")
+        clock.advance(0.004)
+        admission.next("m")
     assert admission.expected_wait("m") is None
 
 
