@@ -381,6 +381,7 @@ class _Part(msgspec.Struct):
     """A part of a message, of which the data is passed over."""
 
     type: str = ""
+    content: msgspec.Raw = msgspec.Raw()  # of the result of a tool, for Anthropic
 
 
 class _Turns(msgspec.Struct):
@@ -416,8 +417,11 @@ def media_in(body: bytes) -> frozenset[str]:
             items += _items.decode(turns.input)
         for item in items:
             if bytes(item.content)[:1] == b"[":
-                types = [part.type for part in _parts.decode(item.content)]
-                found.update(_MEDIA[each] for each in types if each in _MEDIA)
+                parts = _parts.decode(item.content)
+                for part in tuple(parts):
+                    if part.type == "tool_result" and bytes(part.content)[:1] == b"[":
+                        parts += _parts.decode(part.content)
+                found.update(_MEDIA[each.type] for each in parts if each.type in _MEDIA)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return frozenset()
     return frozenset(found)

@@ -12,6 +12,7 @@ from tests.fakes.worker import ScriptedWorker
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 SOUND = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}
+RESULT = {"type": "tool_result", "content": [{"type": "image", "source": {}}]}
 WORDS = {"type": "text", "text": "What is that?"}
 
 
@@ -31,6 +32,7 @@ async def test_a_picture_goes_to_a_worker_that_takes_it() -> None:
             assert reply.header("x-gollama-worker") == seeing.name
         for path, body in (
             ("/v1/messages", ask({"type": "image", "source": {}})),
+            ("/v1/messages", ask(RESULT)),
             ("/v1/responses", {"input": ask({"type": "input_image"})["messages"]}),
         ):
             reply = await hub.post(path, body)

@@ -968,6 +968,8 @@ def test_the_scanner_then_names_the_mistake() -> None:
 
 # --- Pictures and sound -----------------------------------------------------------
 
+IMAGE = {"type": "image", "source": {}}
+
 
 @pytest.mark.parametrize(
     ("body", "found"),
@@ -981,6 +983,15 @@ def test_the_scanner_then_names_the_mistake() -> None:
         ),
         ({"messages": [{"content": [{"type": "input_audio"}]}]}, {"audio"}),
         ({"messages": [{"content": [{"type": "video_url"}]}]}, {"video"}),
+        (
+            {"messages": [{"content": [{"type": "tool_result", "content": [IMAGE]}]}]},
+            {"image"},
+        ),
+        ({"messages": [{"content": [{"type": "x", "content": [IMAGE]}]}]}, set()),
+        (
+            {"messages": [{"content": [{"type": "tool_result", "content": "a"}]}]},
+            set(),
+        ),
         ({"input": "image"}, set()),
         ({"input": [{"content": [{"type": "input_image"}]}]}, {"image"}),
         ({"input": [{"type": "function_call"}], "messages": []}, set()),
