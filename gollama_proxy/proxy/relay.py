@@ -72,6 +72,7 @@ class Relay:
         "_progress_at",
         "_protocol",
         "_seen",
+        "_takes_chunks",
         "_tally",
         "_transcript",
         "_transport",
@@ -79,7 +80,6 @@ class Relay:
         "_watches",
         "body_received",
         "bytes",
-        "chunk_received",
         "client_fields",
         "connection",
         "content_type",
@@ -111,7 +111,7 @@ class Relay:
         self.bytes = 0
         self.events = 0
         self.body_received: Callable[[bytes], None] = self._hold
-        self.chunk_received: Callable[[bytes, bytes], bool] = _leave
+        self._takes_chunks = False  # as they are; otherwise they are parsed first
         self.connection = connection
         self._lease = lease
         self._endpoint = endpoint
@@ -237,10 +237,9 @@ class Relay:
             self._watches = self._has_mark
         self._answers = answers
         self._transcript = Transcript(self._ending, keep)
-        self.body_received, self.chunk_received = self._forward, self._forward_chunk
         if tally is not None and self._has_mark:
             self._tally = tally
-            self.body_received, self.chunk_received = self._count, _leave
+        self._go_on()
         # Not needed any more, in what may last for minutes.
         self.headers, self._gatherer = (), None
         held, self._held = self._held, _NO_PIECES
@@ -303,7 +302,7 @@ class Relay:
 
     def stop(self) -> None:
         """Pass nothing more on, and read the `end`."""
-        self.body_received, self.chunk_received = _ignore, _leave
+        self.body_received, self._takes_chunks = _ignore, False
         del self._transport  # it may be the stream, which refers to this object
         kept = self._transcript
         self.end = end = read_end(
@@ -408,25 +407,33 @@ class Relay:
         texts = (_BODY, Ending.TRANSCRIPT)  # may begin with any letter
         return self.status == 200 and self._ending not in texts
 
+    def _go_on(self) -> None:
+        """Pass on what follows, in whole chunks unless choices are counted."""
+        self._takes_chunks = self._tally is None
+        self.body_received = self._forward if self._takes_chunks else self._count
+
     def _forward(self, data: bytes) -> None:
         if self._watches and self._withholds(data):
             return
         head = b"%x\r\n" % len(data)
-        self._forward_chunk(b"%b%b\r\n" % (head, data), head, parsed=True)
+        self.chunk_received(b"%b%b\r\n" % (head, data), head, parsed=True)
         if data[0] != _COLON:
             self.events += data.count(b"data: {") - 1
         if len(data) > TAIL:
             self._transcript.cut()
 
-    def _forward_chunk(
+    def chunk_received(
         self, chunk: bytes, head: bytes, *, parsed: bool = False
     ) -> bool:
         """Pass a whole chunk on: the path of every token, at a few microseconds each.
 
+        Returns whether it was taken; if not, it is parsed, and its body comes instead.
         Time, bytes, events and the tail are recorded here: a helper would cost as much
         again.  Called as `self._clock()`, a function that is an attribute takes three
         times as long.
         """
+        if not (self._takes_chunks or parsed):
+            return False
         kept, start = self._transcript, len(head)
         word = chunk[start + kept.before : kept.behind]
         # Nearly always the chunk is like the last one but for its word.  One comparison
@@ -482,21 +489,20 @@ class Relay:
             self._forward(data[:begin])
         if error is None:
             self._begun, self._lease.heard_at = data[begin:], self._clock()
-            self.body_received, self.chunk_received = self._join, _leave
+            self.body_received, self._takes_chunks = self._join, False
             return True
         text = f"Worker {self._lease.worker.name} ended the answer with an error"
         if error.message:
             text += f": {error.message[:MOST_MESSAGE]}"
         self.fail(WorkerError(Code.WORKER_INCOMPLETE, text, detail="it sent an error"))
-        self.body_received, self.chunk_received = _ignore, _leave
+        self.body_received, self._takes_chunks = _ignore, False
         return True
 
     def _join(self, data: bytes) -> None:
         """Take what follows an event that has begun."""
         begun, self._begun = self._begun, b""
-        self.body_received, self.chunk_received = self._forward, self._forward_chunk
+        self._go_on()
         if self._tally is not None:
-            self.body_received, self.chunk_received = self._count, _leave
             self._tally.feed(data)
         self._forward(begun + data)
 
@@ -515,7 +521,7 @@ class Relay:
         self._ended = True
         # Nothing more comes.  An object that has its own methods as attributes stays in
         # memory until the garbage collector runs.
-        self.body_received, self.chunk_received = _ignore, _leave
+        self.body_received, self._takes_chunks = _ignore, False
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
@@ -534,11 +540,6 @@ class Relay:
 
 def _ignore(data: bytes) -> None:
     pass
-
-
-def _leave(chunk: bytes, head: bytes) -> bool:
-    """Leave a chunk to the parser, to be received as a part of the body."""
-    return False
 
 
 def _after_blank(data: bytes, end: int) -> int:

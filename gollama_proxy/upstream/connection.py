@@ -238,10 +238,12 @@ class Connection(asyncio.Protocol):
             # Bytes without a request: the next one would get them as its answer.
             self.close()
             return
-        if self._between_chunks and (size := len(data)) < MAX_FAST:
-            received = receiver.chunk_received  # see `Relay._forward_chunk`
-            if received(data, _CHUNK_HEADS[size]):
-                return
+        if (
+            self._between_chunks
+            and (size := len(data)) < MAX_FAST
+            and receiver.chunk_received(data, _CHUNK_HEADS[size])
+        ):
+            return
         self._parse(data, receiver)
 
     def _parse(self, data: bytes, receiver: Receiver) -> None:
