@@ -10,10 +10,13 @@ from unittest.mock import Mock
 import pytest
 
 from gollama_proxy.config.settings import Config, Timeouts
+from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.attempt import SUSPICIOUS
 from gollama_proxy.proxy.exchange import Proxy
 from gollama_proxy.proxy.state import Exchange, State
+from gollama_proxy.scheduling.affinity import prefixes
+from gollama_proxy.scheduling.policies import Ask
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code
 from tests.fakes import requests
@@ -22,8 +25,9 @@ from tests.fakes.client import request_head
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
 from tests.fakes.pool import worker
-from tests.fakes.replies import chunk, sse_head
-from tests.fakes.script import Step, expect_eof, read_body, send
+from tests.fakes.replies import chat_completion, chunk, sse_head
+from tests.fakes.script import Step, answer, expect_eof, read_body, reset, send
+from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
 ASK = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
@@ -211,3 +215,100 @@ async def test_the_limit_begins_when_the_whole_body_is_out() -> None:
             response = await wire.read_response()
         assert response.json()["error"]["code"] == "worker_timeout"
         assert (await worker.received()).complete
+
+
+# --- What workers are chosen by, and what is recorded -----------------------------
+
+MESSAGES = b'[{"role":"user","content":"hello"}]'
+WHOLE = b'{"model":"tiny","max_tokens":7,"messages":%b}' % MESSAGES
+INPUT = b'{"model":"tiny","input":"hello"}'
+
+
+async def test_a_plan_has_what_is_known_of_its_request() -> None:
+    asks: list[Ask] = []
+    async with (
+        ScriptedWorker() as first,
+        ScriptedWorker() as second,
+        running_hub(first, second) as hub,
+    ):
+        for each in (first, second):
+            each.default(*answer(chat_completion("hello")))
+            each.on("/v1/embeddings", *answer({"data": []}))
+        hub.hub.balancer.share(b"of all hubs")
+        hub.hub.proxy.observer = lambda event, x: asks.append(x.plan.ask)
+        for path, body in ((CHAT, WHOLE), ("/v1/embeddings", INPUT)):
+            response = await hub.post(path, body)
+            assert response.status == 200
+    hashes = prefixes(MESSAGES, key=b"of all hubs")
+    chat = Ask("tiny", len(WHOLE), 7, "alice", hashes)
+    other = Ask("tiny", len(INPUT), 0, "alice", ())
+    assert asks[0].prefixes
+    assert asks == [chat, chat, other, other]  # with its plan, and for an attempt
+
+
+async def test_a_body_that_comes_in_pieces_may_be_sent_twice() -> None:
+    async with (
+        ScriptedWorker() as worker,
+        running_hub(worker, retry__attempts=2) as hub,
+    ):
+        worker.script(reset())
+        worker.default(*answer(chat_completion("hello")))
+        async with await hub.wire() as wire:
+            token = ("Authorization", f"Bearer {hub.token()}")
+            fields = [("Content-Length", str(len(WHOLE))), token]
+            await wire.send(request_head("POST", CHAT, None, fields))
+            await until(lambda: hub.hub.proxy.running)
+            await wire.send(WHOLE)
+            assert (await wire.read_response()).status == 200
+        assert [each.body.startswith(WHOLE[:-1]) for each in worker.requests] == [
+            True,
+            True,
+        ]
+
+
+class Spans:
+    """The spans of a request, which note their attempts."""
+
+    def __init__(self) -> None:
+        self.attempts: list[tuple[str, bool]] = []
+        self.ends = 0
+
+    def attempt(self, lease: Lease, *, resumes: bool) -> bytes:
+        self.attempts.append((lease.worker.name, resumes))
+        return b"traceparent: mine\r\n"
+
+    def end(self, x: Exchange, asked: Any) -> None:
+        self.ends += 1
+
+
+async def test_a_trace_begins_with_its_request_and_names_each_attempt() -> None:
+    begun: list[Exchange] = []
+    spans = Spans()
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.default(*answer(chat_completion("hello")))
+        tracer = SimpleNamespace(begin=lambda x: begun.append(x) or spans)
+        hub.hub.proxy.tracer = cast(Any, tracer)
+        traced = [("traceparent", "theirs"), ("tracestate", "a=1")]
+        assert (await hub.post(CHAT, WHOLE, headers=traced)).status == 200
+        await until(lambda: spans.ends == 1)
+        hub.hub.proxy.tracer = None  # there is nothing to close
+        assert spans.attempts == [(worker.name, False)]
+        (sent,) = worker.requests
+        assert [value for name, value in sent.headers if "trace" in name] == ["mine"]
+    (x,) = begun
+    assert cast(Any, x.spans) is spans
+
+
+async def test_a_whole_answer_is_recorded_with_its_time_and_its_worker_is_well() -> (
+    None
+):
+    seen: list[Exchange] = []
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        worker.default(*answer(chat_completion("hello")))
+        hub.hub.proxy.observer = lambda event, x: seen.append(x)
+        assert (await hub.post(CHAT, WHOLE)).status == 200
+        await until(lambda: hub.hub.recent.count == 1)
+    x = seen[0]
+    assert x.first_byte is not None
+    assert x.lease is not None
+    assert x.lease.result is Result.COMPLETE

@@ -153,6 +153,18 @@ async def test_what_the_handler_has_written_is_not_written_again() -> None:
     assert (stage.record.status, stage.client.received) == (206, b"")
 
 
+@pytest.mark.parametrize("name", ["Transfer-Encoding", "Upgrade", "X-Other"])
+async def test_a_connection_ends_with_a_head_that_may_be_read_in_two_ways(
+    name: str,
+) -> None:
+    stage = Stage(answer)
+    lasts = name == "X-Other"
+    sent = await stage.serve(headers={name: "chunked"})
+    assert sent is (KEEP if lasts else CLOSE)
+    assert stage.record.keep_alive is lasts
+    assert (b"Connection: close" in stage.client.received) is not lasts
+
+
 async def test_a_client_that_keeps_no_connection_gets_none() -> None:
     stage = Stage(answer)
     assert await stage.serve(version=HttpVersion10) is CLOSE
