@@ -267,7 +267,7 @@ class HubLink:
             running = answer.body.get("running")
             self.running = running if isinstance(running, int) else 0
             if not running:
-                logger.info("hub %s: the worker is out", self.url)
+                logger.info("hub %s: the worker is removed", self.url)
                 return
             if loop.time() - began > drain + MARGIN:
                 break

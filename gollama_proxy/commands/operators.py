@@ -1,7 +1,8 @@
 """The commands for operators of a running hub; each is a client of its admin API.
 
-They need the address of the hub and a token with the scope `admin`.  Exit status: 0 for
-success, 1 if no hub answers, or it refuses, 2 for wrong input, which changes nothing.
+They need the address of the hub and a token with the scope `admin`; `monitor` is enough
+for those that change nothing.  Exit status: 0 for success, 1 if no hub answers, or it
+refuses, 2 for wrong input, which changes nothing.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Logs and metrics for operators."""
+"""Logs, metrics and traces for operators."""

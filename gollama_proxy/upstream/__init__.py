@@ -1,1 +1,1 @@
-"""What touches workers: connections, relayed bytes, health."""
+"""Connections to workers, and the requests that the hub itself sends to them."""

@@ -1,8 +1,8 @@
 """Resuming an answer that broke off, with the stream of another worker.
 
 While an answer runs, a `Transcript` keeps the bytes that the client was sent.  When its
-worker is lost, they are read (partial.py), another worker is asked for the rest
-(`partial.py`), and a `Resumer` makes its stream the rest of the client's.
+worker is lost, they are read, another worker is asked for the rest (both in
+`partial.py`), and a `Resumer` makes its stream the rest of the client's.
 
     sent bytes ──▶ Transcript ──▶ Partial ──▶ request ──▶ another worker
                                      │                          │
