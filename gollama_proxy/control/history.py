@@ -230,8 +230,9 @@ class History:
         self._taken = 0  # samples, those that were missed included
         self._at = clock()  # when the last one was taken
         self._counted = recent.count
-        # The tokens of each answer that had begun.
+        # The tokens of each answer that had begun, and of failed attempts before one.
         self._seen: dict[tuple[str, float], int] = {}
+        self._failed: dict[tuple[str, float], int] = {}
         self._hub = _Track(dict.fromkeys(OF_HUB), 1)
         self._workers: dict[str, _Track] = {}
         self.time = round(time.time(), 3)  # of the last sample, in Unix seconds
@@ -295,14 +296,16 @@ class History:
         generated since, and the seconds after which its answers have begun.
         """
         before, self._seen = self._seen, {}
+        failed_before, self._failed = self._failed, {}
         tokens: dict[str, int] = {}
         begun: dict[str, list[float]] = {}
 
         def count(x: RunningSample) -> None:
-            known = before.get((x.id, x.started))
-            if x.tokens > (known or 0):
-                news = x.tokens - (known or 0)
-                tokens[x.worker] = tokens.get(x.worker, 0) + news
+            key = x.id, x.started
+            known = before.get(key)
+            counted = failed_before.get(key, 0) if known is None else known
+            if x.tokens > counted:
+                tokens[x.worker] = tokens.get(x.worker, 0) + x.tokens - counted
             begins = x.first_byte is not None and known is None
             if begins and ENDPOINTS[x.route].generates:
                 begun.setdefault(x.worker, []).append(x.first_byte or 0.0)
@@ -317,6 +320,8 @@ class History:
             count(x)
             if x.first_byte is not None:
                 self._seen[x.id, x.started] = x.tokens
+            elif x.tokens:
+                self._failed[x.id, x.started] = x.tokens
         return errors, tokens, begun
 
     def _note(self, worker: Worker, speed: float, firsts: Collection[float]) -> bool:

@@ -140,6 +140,19 @@ def test_tokens_are_counted_as_they_come() -> None:
     assert kept.last("w0")["tokens_per_second"] == 0
 
 
+def test_the_tokens_of_an_attempt_that_failed_before_the_answer_count_once() -> None:
+    kept = Kept()
+    for expected in (5, 0, 0):
+        kept.take(running("a", 5, None))
+        assert kept.last("w0")["tokens_per_second"] == expected
+    kept.take(running("a", 7, 0.25))
+    assert kept.last("w0")["tokens_per_second"] == 2
+    assert kept.last("w0")["first_token_p50"] == 250
+    kept.end(id="a", started=900.0, tokens=8, first_byte=0.25)
+    kept.take()
+    assert kept.last("w0")["tokens_per_second"] == 1
+
+
 def test_an_answer_that_had_fewer_tokens_than_events_counts_nothing_back() -> None:
     kept = Kept()
     kept.take(running("a", 10, 0.2))
