@@ -95,10 +95,11 @@ def check_options(options: Options, environ: Mapping[str, str]) -> None:
     Raises:
         ConfigError: a flag is wrong.
     """
-    if bool(options.hubs) == options.discover:
-        what = "only one of them" if options.hubs else "is missing"
+    if options.hubs and options.discover:
+        raise ConfigError("--hub: cannot be given together with --discover")
+    if not options.hubs and not options.discover:
         text = "must be a URL such as http://gateway:8000; or give --discover"
-        raise ConfigError(f"--hub: {what}; {text}")
+        raise ConfigError(f"--hub: is missing; {text}")
     if options.discover and importlib.util.find_spec("zeroconf") is None:
         text = "needs zeroconf; pip install 'gollama-proxy[mdns]'"
         raise ConfigError(f"--discover: {text}")
@@ -106,9 +107,12 @@ def check_options(options: Options, environ: Mapping[str, str]) -> None:
         for url in urls:
             if url:
                 check_url(flag, url)
-    if bool(options.worker) == bool(options.command):
-        text = "must be given, and only one of them: --worker URL, or --exec -- COMMAND"
-        raise ConfigError(f"--worker, --exec: {text}")
+    if options.worker and options.command:
+        raise ConfigError("--worker: cannot be given together with --exec")
+    if not options.worker and not options.command:
+        raise ConfigError(
+            "--worker: is missing; give --worker URL or --exec -- COMMAND"
+        )
     if options.command and shutil.which(options.command[0]) is None:
         program = options.command[0]
         raise ConfigError(f"--exec = {program!r}: must be an executable file")

@@ -18,8 +18,8 @@ WORKER = ["--worker", "http://127.0.0.1:2"]
     ("arguments", "reason"),
     [
         ([], "--hub: is missing"),
-        (HUB, "--worker, --exec: must be given"),
-        ([*HUB, *WORKER, "--exec", "--", "true"], "only one of them"),
+        (HUB, "--worker: is missing; give --worker URL or --exec"),
+        ([*HUB, *WORKER, "--exec", "--", "true"], "together with --exec"),
         ([*HUB, "--exec"], "--exec: needs a command after --"),
         ([*HUB, *WORKER, "--", "true"], "--exec: needs --exec before --"),
         (
@@ -45,7 +45,10 @@ WORKER = ["--worker", "http://127.0.0.1:2"]
         ([*HUB, *WORKER, "--sleep-after", "30"], "--sleep-after = '30': must be a"),
         ([*HUB, *WORKER, "--sleep-after", "31d"], "from 1s to 30d"),
         ([*HUB, *WORKER, "--mac", "x"], "--mac = 'x': must be a hardware address"),
-        ([*HUB, *WORKER, "--discover"], "--hub: only one of them"),
+        (
+            [*HUB, *WORKER, "--discover"],
+            "--hub: cannot be given together with --discover",
+        ),
         (
             [*HUB, *WORKER, "--log-level", "loud"],
             "--log-level = 'loud': must be one of",

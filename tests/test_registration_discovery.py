@@ -111,7 +111,11 @@ async def test_a_signal_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None
     ("hubs", "discover", "why"),
     [
         ((), False, "--hub: is missing"),
-        (("http://gateway:8000",), True, "--hub: only one of them"),
+        (
+            ("http://gateway:8000",),
+            True,
+            "--hub: cannot be given together with --discover",
+        ),
     ],
 )
 def test_a_hub_is_named_or_discovered(
