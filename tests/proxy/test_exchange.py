@@ -14,9 +14,11 @@ from gollama_proxy.fleet.lease import Lease, Result
 from gollama_proxy.fleet.worker import Worker
 from gollama_proxy.proxy.attempt import SUSPICIOUS
 from gollama_proxy.proxy.exchange import Proxy
+from gollama_proxy.proxy.plan import Plan
 from gollama_proxy.proxy.state import Exchange, State
 from gollama_proxy.scheduling.affinity import prefixes
 from gollama_proxy.scheduling.policies import Ask
+from gollama_proxy.wire.answer import Prefill
 from gollama_proxy.wire.description import Check
 from gollama_proxy.wire.errors import Code
 from tests.fakes import requests
@@ -25,8 +27,16 @@ from tests.fakes.client import request_head
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
 from tests.fakes.pool import worker
-from tests.fakes.replies import chat_completion, chunk, sse_head
-from tests.fakes.script import Step, answer, expect_eof, read_body, reset, send
+from tests.fakes.replies import chat_completion, chunk, sse_head, timings_of
+from tests.fakes.script import (
+    Step,
+    answer,
+    chat_stream,
+    expect_eof,
+    read_body,
+    reset,
+    send,
+)
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
 
@@ -312,3 +322,32 @@ async def test_a_whole_answer_is_recorded_with_its_time_and_its_worker_is_well()
     assert x.first_byte is not None
     assert x.lease is not None
     assert x.lease.result is Result.COMPLETE
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_the_bytes_of_an_answer_count_once_and_its_reading_is_learnt(
+    streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Exchange] = []
+    learnt: list[tuple[str, Prefill]] = []
+
+    def learn(plan: Plan, worker: Worker, reading: Prefill) -> None:
+        learnt.append((worker.name, reading))
+
+    body = WHOLE.replace(b"7,", b'7,"stream":%b,' % (b"true" if streams else b"false"))
+    async with (
+        ScriptedWorker() as first,
+        ScriptedWorker() as second,
+        running_hub(first, second) as hub,
+    ):
+        for each in (first, second):
+            each.default(*chat_stream("a", timings=timings_of(1, prompt=15, cached=5)))
+        hub.hub.proxy.observer = lambda event, x: seen.append(x)
+        monkeypatch.setattr(hub.hub.balancer, "learn", learn)
+        response = await hub.post(CHAT, body)
+        assert response.status == 200
+        await until(lambda: hub.hub.recent.count == 1)
+        assert seen[0].bytes == len(response.body)
+        ((name, reading),) = learnt
+        assert name == response.header("x-gollama-worker")
+        assert (reading.tokens, reading.cached) == (15, 5)

@@ -139,6 +139,62 @@ def test_a_subject_that_was_not_admitted_is_not_kept_either() -> None:
     assert len(admission._subjects) == KEPT
 
 
+def test_nor_is_one_that_stops_waiting_or_makes_room() -> None:
+    admission = make(KEPT + 1)
+    some = wait(admission, map(str, range(KEPT + 1)))
+    admission.leave(some.pop())
+    assert len(admission._subjects) == KEPT
+    admission = make(KEPT + 1)
+    wait(admission, map(str, range(KEPT + 1)), priority=BATCH)
+    wait(admission, ["chat"])
+    assert len(admission._subjects) == KEPT + 1
+
+
+def test_a_subject_that_runs_or_waits_is_kept() -> None:
+    admission = make()
+    holders = [admission.admit(str(number), "m") for number in range(KEPT + 1)]
+    for name in ("0", "1"):
+        holder = admission.admit(name, "m")
+        assert holder is not None
+        admission.release(holder)
+        assert admission.running(name) == 1
+    (ticket,) = wait(admission, ["1"])
+    for holder in holders:
+        assert holder is not None
+        admission.release(holder)
+    assert admission.next("m") is ticket
+    assert admission.running("1") == 1
+
+
+def test_the_tickets_that_may_go_in_are_known_in_their_order() -> None:
+    admission = make()
+    for name, limit in (("a", 2), ("b", 3)):
+        assert admission.admit(name, "m", limit=limit) is not None
+    tickets = wait(admission, "aab", limit=2)
+    tickets += wait(admission, "b", limit=3)
+    tickets += wait(admission, "ccd")
+    tickets += wait(admission, "e", priority=BATCH)
+    wait(admission, "f", "other")
+    # Those with requests running are no newcomers, and their limits hold.
+    for most, expected in ((9, "cdabcbe"), (3, "cda"), (0, "")):
+        found = admission.in_turn("m", most)
+        assert "".join(ticket.subject for ticket in found) == expected
+        assert set(found) <= set(tickets)
+
+
+def test_what_is_expected_of_the_wait_of_a_new_request() -> None:
+    clock = Clock()
+    admission = make(clock=clock)
+    wait(admission, "aaaaa")
+    assert admission.expected_wait("m") is None
+    for _ in range(2):
+        clock.advance(4)
+        admission.next("m")
+    wait(admission, "b", "other")
+    assert admission.expected_wait("m") == 12.0
+    assert admission.expected_wait("other") is None
+
+
 def test_what_runs_elsewhere_counts_for_a_subject_that_is_new_here() -> None:
     admission = make()
     admission.note_elsewhere({"a": 1, "b": 2})
@@ -146,6 +202,9 @@ def test_what_runs_elsewhere_counts_for_a_subject_that_is_new_here() -> None:
     assert admission.admit("a", "m", limit=2) is None
     assert admission.admit("b", "m", limit=2) is None
     assert admission.admit("c", "m", limit=1) is not None
+    admission.note_elsewhere({"c": 5, "a": 0})
+    assert admission.admit("a", "m", limit=2) is not None
+    assert admission.admit("c", "m", limit=6) is None
 
 
 def test_a_subject_takes_a_slot_by_class_and_then_by_order() -> None:
