@@ -16,6 +16,7 @@ last kilobytes when it has ended (`end`).
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
@@ -36,7 +37,7 @@ from gollama_proxy.wire.folding import AssemblyError
 from gollama_proxy.wire.headers import read_answer_head
 from gollama_proxy.wire.resume import MOST_WORDS, Transcript
 from gollama_proxy.wire.schema import Ending, Endpoint, EventError
-from gollama_proxy.wire.sse import LF
+from gollama_proxy.wire.sse import CR, LF
 
 # Bytes that are held until the first event is complete; more are passed on as they are.
 HOLD_LIMIT = 256 << 10
@@ -47,6 +48,8 @@ _NO_PIECES = cast(list[bytes], ())
 # Members of an enum, looked up once ("What Python costs" in benchmarks/RESULTS.md).
 _DONE, _BODY = Ending.DONE, Ending.BODY
 _COLON = ord(":")
+_BLANK_LINES = re.compile(rb"(?>\r\n|\n|\r){2,}")
+_BLANK = b"\n\n"
 MOST_MESSAGE = 500  # characters of such an error that a client gets
 
 
@@ -60,6 +63,7 @@ class Relay:
         "_blocked",
         "_chunked",
         "_clock",
+        "_edge",
         "_ended",
         "_ending",
         "_endpoint",
@@ -125,6 +129,7 @@ class Relay:
         self._kept = 0  # bytes that may be kept in the transcript
         self._watches = False  # for the error in which a server fails
         self._begun = b""  # an event that may become this error
+        self._edge = _BLANK  # the last bytes before it
         self._tally: Tally | None = None  # of choices, where there are several
         self._chunked = False
         self._blocked = False
@@ -474,16 +479,23 @@ class Relay:
         as servers and proxies split events; they also join them, so that tokens may
         come before.
         """
-        if data.endswith(b"\n\n") and b'"error"' not in data:
+        edge = self._edge
+        if data.endswith(_BLANK) and b'"error"' not in data:
+            self._edge = _BLANK
             return False  # nearly always
         at = data.rfind(b'"error"')
-        begin = _after_blank(data, at if at >= 0 else len(data))
-        error = next(filter(None, map(sse.error_in, sse.events_in(data[begin:]))), None)
+        begin = _after_blank(edge, data, at if at >= 0 else len(data))
+        error = None
+        if begin >= 0:
+            found = map(sse.error_in, sse.events_in(data[begin:]))
+            error = next(filter(None, found), None)
         if error is None:
-            begin = _after_blank(data, len(data))
-            if not sse.may_become_error(data[begin:]):
+            begin = _after_blank(edge, data, len(data))
+            if begin < 0 or not sse.may_become_error(data[begin:]):
+                self._edge = (edge + data)[-3:]
                 return False
         elif isinstance(error.code, int) and error.code < 500:
+            self._edge = (edge + data)[-3:]
             return False
         if begin:
             self._forward(data[:begin])
@@ -500,11 +512,15 @@ class Relay:
 
     def _join(self, data: bytes) -> None:
         """Take what follows an event that has begun."""
-        begun, self._begun = self._begun, b""
-        self._go_on()
         if self._tally is not None:
             self._tally.feed(data)
-        self._forward(begun + data)
+        begun = self._begun + data
+        if LF not in data and CR not in data and len(begun) <= sse.MOST_ERROR:
+            self._begun, self._lease.heard_at = begun, self._clock()
+            return  # incomplete as before
+        self._begun = b""
+        self._go_on()
+        self._forward(begun)
 
     def _count(self, data: bytes) -> None:
         assert self._tally is not None, self
@@ -542,8 +558,11 @@ def _ignore(data: bytes) -> None:
     pass
 
 
-def _after_blank(data: bytes, end: int) -> int:
-    """Return where the last event begins that begins before `end`."""
-    return max(
-        (found.end() for found in sse.BLANK_LINE.finditer(data, 0, end)), default=0
-    )
+def _after_blank(edge: bytes, data: bytes, end: int) -> int:
+    """Return where the last event begins that begins before `end`.
+
+    `edge` is what came before; negative if that event began in front of the data.
+    """
+    size = len(edge)
+    blanks = _BLANK_LINES.finditer(edge + data, 0, size + end)
+    return max((found.end() for found in blanks), default=0) - size

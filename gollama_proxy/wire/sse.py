@@ -59,7 +59,7 @@ _COLON = ord(":")
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 # The group is atomic so that a CRLF is not taken for two line ends.
-BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
+_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
 # A CR at the end may be half of a CRLF.
 _CERTAIN_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r(?!\Z)){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -71,7 +71,7 @@ _LINE_END = re.compile(rb"\r\n|\n|\r")
 def split_events(held: bytes) -> tuple[list[bytes], bytes]:
     """Split a stream at its blank lines: complete events, and what follows them."""
     if CR in held:
-        *events, rest = BLANK_LINE.split(held)
+        *events, rest = _BLANK_LINE.split(held)
     else:  # the common case, at a tenth of the cost
         *events, rest = held.split(b"\n\n")
     return events, rest
@@ -117,12 +117,12 @@ class Gatherer:
             self._rest.append(data)
             self.size += len(data)
             edge = self._edge + data
-            if not (b"\n\n" in edge or (CR in edge and BLANK_LINE.search(edge))):
+            if not (b"\n\n" in edge or (CR in edge and _BLANK_LINE.search(edge))):
                 self._edge = edge[-3:]
                 return []
             data = b"".join(self._rest)
         # As `split_events`, without a call for each event of an assembled answer.
-        events = BLANK_LINE.split(data) if CR in data else data.split(b"\n\n")
+        events = _BLANK_LINE.split(data) if CR in data else data.split(b"\n\n")
         rest = events.pop()
         self._rest, self.size, self._edge = [rest], len(rest), rest[-3:]
         return events

@@ -1100,6 +1100,29 @@ async def test_an_event_that_is_complete_does_not_wait_for_the_next_one(
                 await run
 
 
+async def test_the_middle_of_an_event_is_not_taken_for_a_beginning(
+    deliver: Callable[[Relay, bytes], None],
+) -> None:
+    """A long event comes in many pieces; the first letter of one means nothing."""
+    stage = Stage(chunked=False)
+    stage.stream(role(), token("a"))
+    run = asyncio.create_task(
+        pass_on(stage.relay, stage.client, keep=1 << 20, reports=False)
+    )
+    await steps()
+    passed = role() + token("a")
+    middle = b"data of it", b"id", b"event: error"
+    for part in (token("b" * 99)[:120], *middle, b'"}}]}\n', b"\n", b"\n"):
+        deliver(stage.relay, part)
+        passed += part
+        assert stage.sent == passed
+    for part in (b"event: err", b"or\n", FAILURE[:-1], b"\n"):
+        deliver(stage.relay, part)
+        assert stage.sent == passed
+    with pytest.raises(WorkerError, match="engine died"):
+        await run
+
+
 async def test_each_choice_is_counted_although_its_event_is_split() -> None:
     stage = Stage(chunked=False)
     stage.stream(role(), token("a"))
