@@ -27,7 +27,7 @@ from tests.fakes.client import request_head
 from tests.fakes.clock import Clock
 from tests.fakes.hub import running_hub
 from tests.fakes.pool import worker
-from tests.fakes.replies import chat_completion, chunk, sse_head, timings_of
+from tests.fakes.replies import chat_completion, chunk, head, sse_head, timings_of
 from tests.fakes.script import (
     Step,
     answer,
@@ -36,6 +36,7 @@ from tests.fakes.script import (
     read_body,
     reset,
     send,
+    wait,
 )
 from tests.fakes.waiting import until
 from tests.fakes.worker import ScriptedWorker
@@ -351,3 +352,26 @@ async def test_the_bytes_of_an_answer_count_once_and_its_reading_is_learnt(
         ((name, reading),) = learnt
         assert name == response.header("x-gollama-worker")
         assert (reading.tokens, reading.cached) == (15, 5)
+
+
+@pytest.mark.parametrize("model", ["tiny", "another"])
+async def test_a_worker_is_checked_where_a_long_answer_ends_with_a_new_name(
+    model: str,
+) -> None:
+    """Most of it has been passed on by then."""
+    begun, rest = b'{"data":[],', b'"model":"%b"}' % model.encode()
+    length = ("Content-Length", str(len(begun + rest)))
+    checks: list[bool] = []
+    async with ScriptedWorker() as worker, running_hub(worker) as hub:
+        (known,) = hub.hub.registry.workers
+        known.on_suspicion = lambda: checks.append(True)
+        fields = [length, ("Content-Type", "application/json")]
+        worker.script(send(head(200, fields) + begun), wait("go"), send(rest))
+        async with await hub.open("/v1/embeddings", INPUT) as wire:
+            await wire.read_until(b"[],")
+            worker.release("go")
+            await wire.read_until(b"}")
+        await until(lambda: hub.hub.recent.count == 1)
+        (record,) = hub.hub.recent.find()
+        assert record["outcome"] == "complete"
+        assert bool(checks) is (model == "another")
