@@ -336,7 +336,7 @@ class _Pending:
     """A question that waits for its answers."""
 
     def __init__(self, wanted: Mapping[str, str], silent: Iterable[str]) -> None:
-        """Prepare for the answers of these runs; `silent` ones are waited for briefly."""
+        """Prepare for answers of these runs; the `silent` ones get less time."""
         self.left = set(wanted)
         self.answers: dict[str, Any] = {}
         self.expected = asyncio.Event()  # all but those have answered

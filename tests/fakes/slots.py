@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from valkey import Valkey
+from valkey.exceptions import ConnectionError  # noqa: A004
 
 from gollama_proxy.state import slots
 from gollama_proxy.state.slots import Grant, SlotAsk, SlotReply
@@ -29,13 +30,22 @@ def slot_server(folder: Path, engine: str) -> Iterator[Path]:
     process = subprocess.Popen([*command, *quiet])
     try:
         began = time.monotonic()
-        while not socket.exists() and time.monotonic() < began + DEADLINE:
+        while not _listens(socket) and time.monotonic() < began + DEADLINE:
             assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.005)
         yield socket
     finally:
         process.kill()
         process.wait()
+
+
+def _listens(socket: Path) -> bool:
+    """Whether connections are accepted, which begins after the socket exists."""
+    try:
+        with Valkey(unix_socket_path=str(socket)) as client:
+            return bool(client.ping())
+    except ConnectionError:
+        return False
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:
