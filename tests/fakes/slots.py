@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from valkey import Valkey
-from valkey.exceptions import ConnectionError  # noqa: A004
 
 from gollama_proxy.state import slots
 from gollama_proxy.state.slots import Grant, SlotAsk, SlotReply
-from tests.fakes.valkey import program
+from tests.fakes.valkey import StoreProcess
 from tests.fakes.waiting import DEADLINE
 
 CLOCK = "redis.call('TIME')"
@@ -22,30 +20,17 @@ T = TypeVar("T")
 
 
 @contextmanager
-def slot_server(folder: Path, engine: str) -> Iterator[Path]:
+def slot_server(engine: str) -> Iterator[Path]:
     """Run a server; yield its socket."""
-    socket = folder / "slots.sock"
-    command = [program(engine), "--unixsocket", str(socket), "--port", "0"]
-    quiet = ["--save", "", "--dir", str(folder), "--logfile", str(folder / "log")]
-    process = subprocess.Popen([*command, *quiet])
+    process = StoreProcess(engine, ())
     try:
         began = time.monotonic()
-        while not _listens(socket) and time.monotonic() < began + DEADLINE:
-            assert process.poll() is None, (folder / "log").read_text()
+        while not process.listens():
+            assert time.monotonic() < began + DEADLINE, process
             time.sleep(0.005)
-        yield socket
+        yield process.socket
     finally:
         process.kill()
-        process.wait()
-
-
-def _listens(socket: Path) -> bool:
-    """Whether connections are accepted, which begins after the socket exists."""
-    try:
-        with Valkey(unix_socket_path=str(socket)) as client:
-            return bool(client.ping())
-    except ConnectionError:
-        return False
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:

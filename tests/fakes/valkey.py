@@ -76,10 +76,10 @@ _RENEWAL = (
     ("CLIENT", "KILL", "TYPE", "normal"),
 )
 # Servers that tests are done with, by engine: a start takes as long as most tests.
-_idle = defaultdict[str, list["_Process"]](list)
+_idle = defaultdict[str, list["StoreProcess"]](list)
 
 
-class _Process:
+class StoreProcess:
     """A process of a server, in its own folder; it ends with the tests, or before."""
 
     def __init__(self, engine: str, options: Sequence[str]) -> None:
@@ -99,7 +99,7 @@ class _Process:
         self.pid = self._popen.pid
 
     def __repr__(self) -> str:
-        return f"<_Process {self.pid}>"
+        return f"<StoreProcess {self.pid}>"
 
     def listens(self) -> bool:
         if self._popen.poll() is not None:
@@ -126,7 +126,7 @@ class StoreServer:
         self.engine = engine
         self.socket = folder / "store.sock"
         self._options = options
-        self._process: _Process | None = None
+        self._process: StoreProcess | None = None
         self._as_new = not options  # but for what `_RENEWAL` removes
 
     def __repr__(self) -> str:
@@ -152,7 +152,7 @@ class StoreServer:
         if self._as_new and idle:
             process = idle.pop()
         else:
-            process = _Process(self.engine, self._options)
+            process = StoreProcess(self.engine, self._options)
         self._process = process
         await until(process.listens, f"the socket of {self!r}")
         self.socket.unlink(missing_ok=True)

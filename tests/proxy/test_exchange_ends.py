@@ -71,7 +71,7 @@ class Stage:
         """Make a request on a new connection, as a `Request` of the server has it."""
         made = requests.request(method, PATH, headers, version=version)
         return SimpleNamespace(
-            connection=SimpleNamespace(head=None),
+            protocol=SimpleNamespace(head=None),
             content=made.content,
             headers=made.headers,
             keep_alive=made.keep_alive,

@@ -22,10 +22,8 @@ from tests.fakes.valkey import ENGINES
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def socket(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    with slot_server(tmp_path_factory.mktemp("s"), request.param) as path:
+def socket(request: pytest.FixtureRequest) -> Iterator[Path]:
+    with slot_server(request.param) as path:
         yield path
 
 

@@ -264,10 +264,8 @@ class Cluster(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def socket(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    with slot_server(tmp_path_factory.mktemp("s"), request.param) as path:
+def socket(request: pytest.FixtureRequest) -> Iterator[Path]:
+    with slot_server(request.param) as path:
         yield path
 
 
