@@ -224,7 +224,6 @@ class Request(BaseRequest):
     """
 
     __slots__ = (
-        "connection",
         "content",
         "headers",
         "keep_alive",
@@ -237,6 +236,8 @@ class Request(BaseRequest):
         "version",
     )
 
+    protocol: _Protocol
+
     def __init__(
         self,
         message: RawRequestMessage,
@@ -248,12 +249,11 @@ class Request(BaseRequest):
         """Make one; `task` serves all requests of its connection."""
         assert isinstance(protocol, _Protocol)
         super().__init__(message, content, protocol, writer, task, task.get_loop())
-        self.connection = protocol
         self.content = content
         self.headers = message.headers
         self.keep_alive = not message.should_close
         self.method = message.method
-        self.protocol = protocol  # type: ignore[misc]
+        self.protocol = protocol
         self.raw_headers = message.raw_headers
         self.raw_path = message.path
         self.remote = protocol.remote

@@ -200,7 +200,7 @@ class Proxy(Running):
             x.lines = self._router.origin_lines(request)
         # A connection ends with a request whose head can be read in two ways, as what
         # follows could be read in two ways, too.
-        connection = request.connection
+        connection = request.protocol
         x.head = head = headers.read_head(
             x.method,
             request.version,
